@@ -1,0 +1,32 @@
+"""fastmnist: MNIST compiled to a memory-mapped file, loaded at the memory's speed, trained in minutes."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Imported when first asked for, so that `import fastmnist` and `fastmnist --help` need no torch.
+_HOMES = {
+    "Beton": "fastmnist.data.beton",
+    "FastmnistError": "fastmnist.errors",
+    "Loader": "fastmnist.data.loader",
+    "TrainConfig": "fastmnist.config",
+    "build_model": "fastmnist.training.model",
+    "compile_dataset": "fastmnist.data.prepare",
+    "evaluate": "fastmnist.inference",
+    "predict": "fastmnist.inference",
+    "resume": "fastmnist.run",
+    "train": "fastmnist.run",
+    "write_beton": "fastmnist.data.writer",
+}
+__all__ = [*_HOMES, "__version__"]  # strings all
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
