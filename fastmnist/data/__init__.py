@@ -1,0 +1,1 @@
+"""Images on disk to batches on the device: datasets, beton, order, kernels, loader."""

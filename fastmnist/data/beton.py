@@ -1,0 +1,386 @@
+"""The compiled file: FFCV's `.beton`, version 2, with an integrity block that FFCV does not see.
+
+Layout, all little-endian (the format is that of FFCV, Leclerc et al., "FFCV: Accelerating Training by Removing Data
+Bottlenecks", CVPR 2023):
+
+    header | one descriptor per field | one metadata row per sample | integrity block | zeros up to a page boundary |
+    pages of whole samples, each padded with zeros | allocation table (sample, address, size), to the end of the file
+
+FFCV stores nothing in the argument bytes of an integer field; ours hold the address of the integrity block.
+Writing is in `fastmnist.data.writer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from fastmnist.errors import DataError
+
+FORMAT_VERSION = 2
+MAX_FIELDS = 64
+TYPE_NAMES = {0: "FloatField", 1: "IntField", 2: "RGBImageField", 3: "BytesField", 4: "NDArrayField"}
+TYPE_NAMES |= {5: "JSONField", 6: "TorchTensorField", 255: "a custom field"}
+INT_FIELD, NDARRAY_FIELD = 1, 4
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", (1024,))])
+NDARRAY_ARGUMENTS = np.dtype([("shape", "<u8", (32,)), ("type_length", "<u8")])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELD_METADATA = {NDARRAY_FIELD: "<u8", INT_FIELD: "<i8"}  # an address; the integer itself
+
+INTEGRITY_MAGIC = b"fastmnst"
+INTEGRITY_VERSION = 1
+MARKER = np.dtype([("magic", "S8"), ("offset", "<u8"), ("size", "<u8")])
+INTEGRITY = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("checksum", "<u4"),  # CRC-32 of the block from here to its end
+        ("file_size", "<u8"),
+        ("data_start", "<u8"),
+        ("num_pages", "<u8"),
+        ("num_channels", "<u8"),
+        ("info_size", "<u8"),
+        ("head_checksum", "<u4"),  # header, descriptors and metadata
+        ("table_checksum", "<u4"),  # allocation table
+    ]
+)
+CHECKSUM_START = INTEGRITY.fields["checksum"][1] + 4  # type: ignore[index]  # a structured dtype has fields
+
+Verify = Literal["size", "full"]
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """What the integrity block holds beyond the layout.
+
+    mean, std: per channel, of pixel values scaled to [0, 1], over the whole file. source: identifies the bytes that
+    the file was compiled from.
+    """
+
+    dataset: str
+    split: str
+    class_names: tuple[str, ...]
+    source: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    page_checksums: np.ndarray = field(repr=False)  # (pages,) uint32
+    file_size: int
+    data_start: int
+    head_checksum: int
+    table_checksum: int
+
+    def pack(self) -> bytes:
+        """The block as bytes; its size depends on the texts, the channels and the number of pages alone."""
+        info = json.dumps(
+            {
+                "dataset": self.dataset,
+                "split": self.split,
+                "class_names": self.class_names,
+                "source": self.source,
+            }
+        ).encode()
+        head = np.zeros((), INTEGRITY)
+        head["magic"], head["version"] = INTEGRITY_MAGIC, INTEGRITY_VERSION
+        head["file_size"], head["data_start"] = self.file_size, self.data_start
+        head["num_pages"], head["num_channels"] = len(self.page_checksums), len(self.mean)
+        head["info_size"] = len(info)
+        head["head_checksum"], head["table_checksum"] = self.head_checksum, self.table_checksum
+        tail = np.array([self.mean, self.std], "<f8").tobytes() + self.page_checksums.astype("<u4").tobytes() + info
+        head["checksum"] = zlib.crc32(tail, zlib.crc32(head.tobytes()[CHECKSUM_START:]))
+        return head.tobytes() + tail
+
+    @classmethod
+    def unpack(cls, block: bytes, path: Path) -> Integrity:
+        """The block from its bytes; raises DataError naming `path` when a byte of it is wrong."""
+        head = np.frombuffer(block, INTEGRITY, count=1)[0] if len(block) >= INTEGRITY.itemsize else None
+        if head is None or head["magic"] != INTEGRITY_MAGIC:
+            raise damaged(path, "its integrity block is missing from the place that the file names")
+        if head["version"] != INTEGRITY_VERSION:
+            raise DataError(
+                f"{path}: its integrity block has version {head['version']}, this program reads version "
+                f"{INTEGRITY_VERSION}; compile the data again with this program"
+            )
+        expected, found = int(head["checksum"]), zlib.crc32(block[CHECKSUM_START:])
+        if expected != found:
+            raise damaged(path, f"the integrity block's checksum is {found:08x} where {expected:08x} was written")
+        channels, pages = int(head["num_channels"]), int(head["num_pages"])
+        at = INTEGRITY.itemsize
+        moments = np.frombuffer(block, "<f8", 2 * channels, at).reshape(2, channels)
+        checksums = np.frombuffer(block, "<u4", pages, at + moments.nbytes)
+        info = json.loads(block[at + moments.nbytes + checksums.nbytes :])
+        return cls(
+            dataset=info["dataset"],
+            split=info["split"],
+            class_names=tuple(info["class_names"]),
+            source=info["source"],
+            mean=tuple(moments[0].tolist()),
+            std=tuple(moments[1].tolist()),
+            page_checksums=checksums,
+            file_size=int(head["file_size"]),
+            data_start=int(head["data_start"]),
+            head_checksum=int(head["head_checksum"]),
+            table_checksum=int(head["table_checksum"]),
+        )
+
+
+def damaged(path: Path, what: str) -> DataError:
+    """The error for a file that was whole once."""
+    return DataError(f"{path} is damaged: {what}; delete it, then compile it again (fastmnist compile)")
+
+
+class Beton:
+    """A `.beton` file, open for reading: one uint8 image array of a fixed shape and one integer label per sample.
+
+    Written by fastmnist or by FFCV (an NDArrayField of uint8 and an IntField, in either order).
+
+    Args:
+        path: the file.
+        verify: "size" holds the file's length and every address against the header; "full" also checks each byte
+            against the checksums (FFCV's own files have none: there the allocation table is checked).
+
+    Attributes:
+        data: (file size,) uint8, the whole file, memory-mapped read-only.
+        offsets: (N,) int64, where each image starts in `data`.
+        labels: (N,) int64.
+        image_shape: (H, W, C).
+        integrity: what our own writer added; None for a file that FFCV wrote.
+
+    Raises:
+        DataError: missing, unreadable, cut short, damaged, or of a layout other than the above.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: Verify = "size") -> None:
+        if verify not in ("size", "full"):
+            raise ValueError(f'verify is "size" or "full", not {verify!r}')
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self._read(file)
+        except FileNotFoundError:
+            raise DataError(f"{self.path}: no such file; fastmnist compile writes one") from None
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        if verify == "full":
+            self.verify_content()
+
+    def _read(self, file: BinaryIO) -> None:
+        size = os.fstat(file.fileno()).st_size
+        self.file_size = size
+        header = self._take(file, HEADER, 1, "the header")[0]
+        if header["version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{self.path}: not a .beton of version {FORMAT_VERSION} (its first bytes say {header['version']}); "
+                "fastmnist compile and FFCV 1.0 write that version"
+            )
+        num_fields, self.page_size = int(header["num_fields"]), int(header["page_size"])
+        self.num_samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        if not 1 <= num_fields <= MAX_FIELDS or self.page_size & (self.page_size - 1) or not self.page_size:
+            raise damaged(self.path, f"the header names {num_fields} fields, pages of {self.page_size} bytes")
+        # Every count comes from the file: it is held against the file's size before it sizes anything.
+        expected = table + self.num_samples * ALLOCATION.itemsize
+        if size != expected:
+            raise damaged(self.path, f"it has {size:,} bytes where its header asks for {expected:,}")
+        fields = self._take(file, FIELD, num_fields, "the field descriptors")
+        row, self.image_field, self.label_field = self._understand(fields)
+        samples = self._take(file, row, self.num_samples, "the metadata")
+        self._head_size = file.tell()
+        self._table_start = table
+        self.labels = samples["label"].astype(np.int64)
+        self.offsets = samples["image"].astype(np.int64)
+        self.integrity = self._read_integrity(file, fields)
+        first = self.integrity.data_start if self.integrity else self._head_size
+        last = table - self.image_size
+        outside = np.flatnonzero((self.offsets < first) | (self.offsets > last))
+        if len(outside):
+            sample = int(outside[0])
+            raise damaged(
+                self.path,
+                f"sample {sample} lies at byte {self.offsets[sample]}, outside {first}..{last}",
+            )
+        self._check_labels()
+        self.data: np.ndarray = np.memmap(file, np.uint8, mode="r")
+
+    def _take(self, file: BinaryIO, dtype: np.dtype[Any], count: int, what: str) -> np.ndarray:
+        wanted = dtype.itemsize * count
+        if file.tell() + wanted > self.file_size:
+            raise damaged(
+                self.path,
+                f"it ends at byte {self.file_size:,}, within {what} (to byte {file.tell() + wanted:,})",
+            )
+        return np.frombuffer(file.read(wanted), dtype)
+
+    def _understand(self, fields: np.ndarray) -> tuple[np.dtype[Any], str, str]:
+        """The metadata row's dtype and the names of the image and the label field."""
+        types = [int(f["type_id"]) for f in fields]
+        if sorted(types) != [INT_FIELD, NDARRAY_FIELD]:
+            found = ", ".join(TYPE_NAMES.get(t, f"type {t}") for t in types)
+            raise DataError(
+                f"{self.path}: holds {found}; fastmnist reads one NDArrayField (uint8 images) and one IntField (labels)"
+            )
+        image, label = fields[types.index(NDARRAY_FIELD)], fields[types.index(INT_FIELD)]
+        dtype, shape = self._image_type(image["arguments"].tobytes())
+        if dtype != "|u1" or len(shape) not in (2, 3) or not all(0 < n < 2**16 for n in shape):
+            raise DataError(f"{self.path}: its images are {shape} of {dtype}; fastmnist reads (H, W[, C]) uint8")
+        self.image_shape = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
+        self.image_size = int(np.prod(self.image_shape))
+        names = {NDARRAY_FIELD: "image", INT_FIELD: "label"}
+        row = np.dtype([(names[t], FIELD_METADATA[t]) for t in types])
+        return row, image["name"].decode("ascii", "replace"), label["name"].decode("ascii", "replace")
+
+    def _image_type(self, arguments: bytes) -> tuple[str, tuple[int, ...]]:
+        head = np.frombuffer(arguments, NDARRAY_ARGUMENTS, 1)[0]
+        start, length = NDARRAY_ARGUMENTS.itemsize, int(head["type_length"])
+        try:
+            [(_, dtype)] = json.loads(arguments[start : start + length])
+        except ValueError:
+            raise damaged(self.path, "the description of its images cannot be read") from None
+        return str(dtype), tuple(int(n) for n in np.trim_zeros(head["shape"], "b"))
+
+    def _read_integrity(self, file: BinaryIO, fields: np.ndarray) -> Integrity | None:
+        arguments = fields[fields["type_id"] == INT_FIELD]["arguments"][0]
+        if not arguments.any():
+            return None  # FFCV wrote it
+        marker = np.frombuffer(arguments.tobytes(), MARKER, 1)[0]
+        if marker["magic"] != INTEGRITY_MAGIC:
+            raise damaged(self.path, "the label field's description holds bytes that no writer puts there")
+        offset, size = int(marker["offset"]), int(marker["size"])
+        if offset != self._head_size or offset + size > self.file_size:
+            raise damaged(self.path, f"its integrity block is said to be at bytes {offset} to {offset + size}")
+        self._integrity_end = offset + size
+        block = Integrity.unpack(file.read(size), self.path)
+        if block.file_size != self.file_size:
+            raise damaged(self.path, f"it has {self.file_size:,} bytes where {block.file_size:,} were written")
+        if block.data_start + len(block.page_checksums) * self.page_size != self._table_start:
+            raise damaged(self.path, "its pages and its allocation table do not meet")
+        if len(block.mean) != self.image_shape[2]:
+            raise damaged(self.path, f"it has statistics of {len(block.mean)} channels")
+        return block
+
+    def _check_labels(self) -> None:
+        if not self.num_samples:
+            raise DataError(f"{self.path}: holds no sample; compile a source that has images")
+        names = self.integrity.class_names if self.integrity else ()
+        upper = len(names) or np.iinfo(np.int64).max
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= upper))
+        if len(wrong):
+            sample = int(wrong[0])
+            wanted = f"0 to {upper - 1}" if names else "0 or more"
+            raise damaged(self.path, f"sample {sample} has label {self.labels[sample]}, outside {wanted}")
+
+    def verify_content(self) -> str:
+        """Checks every byte against the checksums and returns what was checked, in a sentence.
+
+        Raises:
+            DataError: naming the part that differs: a page by number and bytes, or the head, gap or table.
+        """
+        data = self.data
+        table = data[self._table_start :].view(ALLOCATION)
+        block = self.integrity
+        if block is not None:
+            self._compare("header and metadata", data[: self._head_size], block.head_checksum)
+            if data[self._integrity_end : block.data_start].any():
+                raise damaged(self.path, "the gap before its first page is not empty")
+            pages = data[block.data_start : self._table_start].reshape(-1, self.page_size)
+            for number, (page, checksum) in enumerate(zip(pages, block.page_checksums, strict=True)):
+                start = block.data_start + number * self.page_size
+                self._compare(f"page {number} (from byte {start:,})", page, int(checksum))
+            self._compare("allocation table", data[self._table_start :], block.table_checksum)
+        wrong_size = bool((table["size"] != self.image_size).any())
+        if wrong_size or not np.array_equal(np.sort(table["ptr"].astype(np.int64)), np.sort(self.offsets)):
+            raise damaged(self.path, "its allocation table and its metadata name different places")
+        if block is None:
+            return f"{self.num_samples:,} samples; every address is right; no checksums (FFCV's own writer)"
+        pages_text = f"{len(block.page_checksums)} pages"
+        return f"{self.num_samples:,} samples; {pages_text}, header, metadata and table match their checksums"
+
+    def _compare(self, what: str, content: np.ndarray, expected: int) -> None:
+        found = zlib.crc32(content.data)
+        if found != expected:
+            raise damaged(self.path, f"{what}: checksum {found:08x} where {expected:08x} was written")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class; for FFCV's files the numbers from 0 to the highest label."""
+        if self.integrity and self.integrity.class_names:
+            return self.integrity.class_names
+        return tuple(str(n) for n in range(int(self.labels.max()) + 1))
+
+    @cached_property
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std), each one float per channel, of pixel values scaled to [0, 1]; for FFCV's files one pass."""
+        if self.integrity is not None:
+            return self.integrity.mean, self.integrity.std
+        sums = Moments(self.image_shape[2])
+        for start in range(0, self.num_samples, 4096):
+            sums.add(self.images(np.arange(start, min(start + 4096, self.num_samples))))
+        return sums.result()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this file's content from another's: for our files over all bytes, for FFCV's over labels and size."""
+        checksum = zlib.crc32(self.integrity.pack() if self.integrity else self.data[: self._head_size].tobytes())
+        return f"{self.file_size}-{checksum:08x}"
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Copies of the images at `indices` (n,) int: (n, H, W, C) uint8. For looking; batches come from Loader."""
+        size = self.image_size
+        picked = [self.data[at : at + size] for at in self.offsets[indices]]
+        return np.array(picked, np.uint8).reshape(-1, *self.image_shape)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def close(self) -> None:
+        """Lets go of the mapping; arrays taken from `data` keep it alive until they are gone."""
+        self.data = np.empty(0, np.uint8)
+
+    def __enter__(self) -> Beton:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Moments:
+    """Mean and standard deviation per channel, added up exactly in integers."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.total = np.zeros(channels, np.int64)
+        self.squares = np.zeros(channels, np.int64)
+
+    def add(self, images: np.ndarray) -> None:
+        """Takes in (n, H, W[, C]) uint8."""
+        values = images.reshape(-1, len(self.total))
+        self.count += len(values)
+        for start in range(0, len(values), 1 << 16):  # parts that stay in the cache
+            part = values[start : start + (1 << 16)]
+            self.total += part.sum(axis=0, dtype=np.int64)
+            wide = part.astype(np.uint16)  # 255 squared fits
+            self.squares += (wide * wide).sum(axis=0, dtype=np.int64)
+
+    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) of values scaled to [0, 1]; a constant channel has std 1, so that it can be divided by."""
+        mean = self.total / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0.0)) / 255
+        return tuple((mean / 255).tolist()), tuple(np.where(std > 0, std, 1.0).tolist())

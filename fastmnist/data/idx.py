@@ -1,0 +1,109 @@
+"""IDX files, the format that MNIST comes in (Y. LeCun, C. Cortes, C. Burges: the MNIST database), raw or gzipped.
+
+Four bytes of magic (two zeros, the type, the number of dimensions), one big-endian uint32 per dimension, the values.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fastmnist.errors import DataError
+
+IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+MAX_DIMENSIONS = 8
+
+
+class IdxFile:
+    """An IDX file, its header read and checked; values are read in blocks, so that any size fits in memory.
+
+    Args:
+        path: the file; a name that ends in .gz is unzipped on the way.
+        dtype: the numpy type that its values must have.
+        ndim: the number of dimensions that it must have.
+
+    Raises:
+        DataError: naming the file, what was found and what was needed.
+    """
+
+    def __init__(self, path: Path, dtype: str = "u1", ndim: int = 1) -> None:
+        self.path = path
+        with self._open() as file:
+            self.dtype, self.shape = self._read_header(file)
+        if self.dtype != np.dtype(dtype) or len(self.shape) != ndim:
+            raise DataError(
+                f"{path}: holds {len(self.shape)}-dimensional {self.dtype} where {ndim}-dimensional "
+                f"{np.dtype(dtype)} is needed; is it the right file?"
+            )
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """Arrays of `rows` entries along the first dimension, the last one of what is left."""
+        row_size = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        with self._open() as file:
+            self._read_header(file)
+            for start in range(0, self.shape[0], rows):
+                count = min(rows, self.shape[0] - start)
+                content = file.read(count * row_size)
+                if len(content) != count * row_size:
+                    found = start * row_size + len(content)
+                    raise DataError(
+                        f"{self.path}: has {found:,} bytes of values where its header {self.shape} asks for "
+                        f"{self.shape[0] * row_size:,}; it is cut short or its header is wrong: fetch it again"
+                    )
+                yield np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
+            if file.read(1):
+                raise DataError(
+                    f"{self.path}: has more than the {self.shape[0] * row_size:,} bytes of values that its header "
+                    f"{self.shape} announces; its header is wrong: fetch it again"
+                )
+
+    def read(self) -> np.ndarray:
+        """All values at once."""
+        return next(self.blocks(max(1, self.shape[0])), np.empty(self.shape, self.dtype))
+
+    def checksum(self) -> str:
+        """Identifies the file's bytes as they lie on disk: CRC-32 and size."""
+        checksum, size = 0, 0
+        with _reading(self.path), open(self.path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        return f"{checksum:08x}-{size}"
+
+    @contextmanager
+    def _open(self) -> Iterator[IO[bytes]]:
+        opener: Any = gzip.open if self.path.suffix == ".gz" else open
+        with _reading(self.path), opener(self.path, "rb") as file:
+            yield file
+
+    def _read_header(self, file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        magic = file.read(4)
+        if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX_TYPES:
+            raise DataError(
+                f"{self.path}: starts with {magic.hex() or 'nothing'} where an IDX file has 0000, a type and a number "
+                "of dimensions; it is no IDX file: fetch it again"
+            )
+        ndim = magic[3]
+        sizes = file.read(4 * ndim)
+        if not 1 <= ndim <= MAX_DIMENSIONS or len(sizes) < 4 * ndim:
+            raise DataError(f"{self.path}: its header announces {ndim} dimensions and is cut short or wrong")
+        shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
+        if not all(shape):
+            raise DataError(f"{self.path}: its header announces the empty shape {shape}; fetch it again")
+        return np.dtype(IDX_TYPES[magic[2]]), shape
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what open, read and gunzip raise into a DataError that names the file."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be unzipped ({error}); it is cut short or damaged: fetch it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

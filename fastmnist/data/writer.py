@@ -1,0 +1,208 @@
+"""Writes the compiled file, page by page, in constant memory; `fastmnist.data.beton` tells the layout and reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fastmnist.data.beton import (
+    ALLOCATION,
+    FIELD,
+    FORMAT_VERSION,
+    HEADER,
+    INT_FIELD,
+    INTEGRITY_MAGIC,
+    MARKER,
+    NDARRAY_ARGUMENTS,
+    NDARRAY_FIELD,
+    Integrity,
+    Moments,
+)
+from fastmnist.errors import DataError
+from fastmnist.files import replacing
+
+PAGE_SIZE = 1 << 21  # bytes; the smallest that FFCV's writer takes, and the size of a huge page
+SAMPLE = np.dtype([("image", "<u8"), ("label", "<i8")])
+
+Progress = Callable[[int, int], None]
+
+
+class ImageStream(Protocol):
+    """Images that come in order, some at a time: what a source needs to be compiled without being held in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W) or (N, H, W, C)."""
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """Arrays (n, H, W[, C]) uint8 with n = `rows`, the last one less; N images in all."""
+
+
+class ArrayStream:
+    """An array (N, H, W[, C]) uint8, or a memory map of one, as an ImageStream."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+        self.shape = tuple(images.shape)
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self.images), rows):
+            yield self.images[start : start + rows]
+
+
+def write_beton(
+    path: str | os.PathLike[str],
+    images: np.ndarray | ImageStream,
+    labels: np.ndarray,
+    *,
+    class_names: Sequence[str] = (),
+    dataset: str = "",
+    split: str = "",
+    source: str = "",
+    page_size: int = PAGE_SIZE,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a `.beton` that fastmnist and FFCV read; `path` appears whole or not at all.
+
+    Args:
+        path: the file to write; its folder is made where it is missing, an older file is replaced.
+        images: (N, H, W) or (N, H, W, C) uint8: an array, a memory map, or a stream of blocks.
+        labels: (N,) integers, from 0.
+        class_names: one name per class; labels are then checked against their number.
+        dataset, split, source: texts kept in the file; `source` identifies what was compiled.
+        page_size: bytes, a power of 2; doubled until a sample fits. Samples never straddle a page.
+        progress: called with (samples written, N) after each page.
+
+    Raises:
+        DataError: images and labels do not fit together, a label is out of range, or the file cannot be written.
+    """
+    path = Path(path)
+    stream = ArrayStream(images) if isinstance(images, np.ndarray) else images
+    labels = _checked_labels(stream, labels, class_names, path)
+    count, image_shape = stream.shape[0], stream.shape[1:]
+    image_size = int(np.prod(image_shape))
+    if page_size <= 0 or page_size & (page_size - 1):
+        raise ValueError(f"page_size is a power of 2, not {page_size}")
+    while page_size < image_size:
+        page_size *= 2
+    per_page = page_size // image_size
+    num_pages = -(-count // per_page)
+    channels = image_shape[2] if len(image_shape) == 3 else 1
+
+    integrity = Integrity(
+        dataset=dataset,
+        split=split,
+        class_names=tuple(class_names),
+        source=source,
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        page_checksums=np.zeros(num_pages, np.uint32),
+        file_size=0,
+        data_start=0,
+        head_checksum=0,
+        table_checksum=0,
+    )
+    block_size = len(integrity.pack())
+    block_start = HEADER.itemsize + 2 * FIELD.itemsize + count * SAMPLE.itemsize
+    data_start = -(-(block_start + block_size) // page_size) * page_size
+    table_start = data_start + num_pages * page_size
+
+    number = np.arange(count, dtype=np.uint64)
+    addresses = data_start + number // per_page * page_size + number % per_page * image_size
+    head = _head(count, page_size, table_start, image_shape, block_start, block_size)
+    head += _rows(SAMPLE, image=addresses, label=labels)
+    table = _rows(ALLOCATION, sample_id=number, ptr=addresses, size=np.full(count, image_size))
+
+    file_size = table_start + len(table)
+    hint = f"{file_size / 1e6:,.0f} MB are needed there; make room or name another folder"
+    with replacing(path, hint=hint) as file:
+        file.seek(data_start)
+        sums, checksums = Moments(channels), []
+        page = np.zeros(page_size, np.uint8)
+        done = 0
+        for block in stream.blocks(per_page):
+            used = block.size
+            page[:used] = block.reshape(-1)
+            page[used:] = 0
+            checksums.append(zlib.crc32(page.data))
+            sums.add(block)
+            file.write(page.data)
+            done += len(block)
+            if progress is not None:
+                progress(done, count)
+        if done != count:
+            raise DataError(f"{path}: the source gave {done} images where it announced {count}")
+        file.write(table)
+        mean, std = sums.result()
+        integrity = replace(
+            integrity,
+            mean=mean,
+            std=std,
+            page_checksums=np.array(checksums, np.uint32),
+            file_size=file_size,
+            data_start=data_start,
+            head_checksum=zlib.crc32(head),
+            table_checksum=zlib.crc32(table),
+        )
+        file.seek(0)
+        file.write(head + integrity.pack())
+    return path
+
+
+def _checked_labels(stream: ImageStream, labels: np.ndarray, class_names: Sequence[str], path: Path) -> np.ndarray:
+    labels = np.asarray(labels)
+    if len(stream.shape) not in (3, 4) or not all(stream.shape):
+        raise DataError(f"{path}: images have shape {stream.shape}; (N, H, W) or (N, H, W, C) is needed, none 0")
+    if isinstance(stream, ArrayStream) and stream.images.dtype != np.uint8:
+        raise DataError(f"{path}: images are {stream.images.dtype}; uint8 is needed")
+    if labels.shape != stream.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{path}: {stream.shape[0]} images come with labels of shape {labels.shape}, {labels.dtype}; "
+            "one integer per image is needed"
+        )
+    upper = len(class_names) or np.iinfo(np.int64).max
+    wrong = np.flatnonzero((labels < 0) | (labels >= upper))
+    if len(wrong):
+        at = int(wrong[0])
+        wanted = f"0 to {upper - 1}" if class_names else "0 or more"
+        raise DataError(f"{path}: label {labels[at]} of sample {at} is out of range; {wanted} is needed")
+    return labels.astype(np.int64)
+
+
+def _head(
+    count: int, page_size: int, table: int, image_shape: tuple[int, ...], block_start: int, block_size: int
+) -> bytes:
+    header = np.zeros((), HEADER)
+    header["version"], header["num_fields"] = FORMAT_VERSION, 2
+    header["page_size"], header["num_samples"], header["alloc_table_ptr"] = page_size, count, table
+
+    described = np.zeros((), NDARRAY_ARGUMENTS)
+    described["shape"][: len(image_shape)] = image_shape
+    dtype = json.dumps(np.dtype("u1").descr).encode()
+    described["type_length"] = len(dtype)
+    marker = np.zeros((), MARKER)
+    marker["magic"], marker["offset"], marker["size"] = INTEGRITY_MAGIC, block_start, block_size
+
+    fields = np.zeros(2, FIELD)
+    contents = (
+        (NDARRAY_FIELD, b"image", described.tobytes() + dtype),
+        (INT_FIELD, b"label", marker.tobytes()),
+    )
+    for descriptor, (type_id, name, arguments) in zip(fields, contents, strict=True):
+        descriptor["type_id"], descriptor["name"] = type_id, name
+        descriptor["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
+    return header.tobytes() + fields.tobytes()
+
+
+def _rows(dtype: np.dtype[np.void], **columns: np.ndarray) -> bytes:
+    rows = np.zeros(len(next(iter(columns.values()))), dtype)
+    for name, column in columns.items():
+        rows[name] = column
+    return rows.tobytes()
