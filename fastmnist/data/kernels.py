@@ -1,0 +1,77 @@
+"""The inner loops of the loader: one call gathers a batch, as bytes or normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastmnist.data.jit import jit
+
+
+@jit
+def gather(data, offsets, indices, out):  # type: ignore[no-untyped-def]
+    """out[i] = the image at offsets[indices[i]]; out (n, bytes) uint8."""
+    size = out.shape[1]
+    for i in range(len(indices)):
+        start = offsets[indices[i]]
+        image = data[start : start + size]
+        for j in range(size):  # vectorises; assigning the slice does not
+            out[i, j] = image[j]
+
+
+@jit
+def gather_float32(data, offsets, indices, mean, std, out):  # type: ignore[no-untyped-def]
+    """out[i, j] = (byte j of image i / 255 - mean) / std of j's channel; mean, std (C,), out (n, values) float32."""
+    channels, size = len(mean), out.shape[1]
+    byte = np.float32(255)
+    for i in range(len(indices)):
+        start = offsets[indices[i]]
+        image = data[start : start + size]
+        for channel in range(channels):
+            offset, scale = mean[channel], std[channel]
+            if channels == 1:  # a step that is known to be 1 vectorises
+                for j in range(size):
+                    out[i, j] = (np.float32(image[j]) / byte - offset) / scale
+            else:
+                for j in range(channel, size, channels):
+                    out[i, j] = (np.float32(image[j]) / byte - offset) / scale
+
+
+@jit
+def gather_looked_up(data, offsets, indices, table, out):  # type: ignore[no-untyped-def]
+    """out[i, j] = table[channel of j, byte j of image i]; table (C, 256) and out (n, values) int16.
+
+    For the floats of two bytes, which numba does not compute with.
+    """
+    channels, size = table.shape[0], out.shape[1]
+    for i in range(len(indices)):
+        start = offsets[indices[i]]
+        image = data[start : start + size]
+        for channel in range(channels):
+            values = table[channel]
+            for j in range(channel, size, channels):
+                out[i, j] = values[image[j]]
+
+
+def channel_constants(values: Sequence[float], device: torch.device | str = "cpu") -> torch.Tensor:
+    """(C,) floats as a (1, C, 1, 1) float32 tensor, the form that `normalise` takes."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, C, H, W), pixel values 0 to 255, to (value / 255 - mean) / std, computed in float32, as `dtype`.
+
+    mean, std: (1, C, 1, 1) float32. The same operations in the same order as torchvision's ToTensor and Normalize, so
+    the same bits.
+    """
+    return ((images.to(torch.float32) / 255 - mean) / std).to(dtype)
+
+
+def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> np.ndarray:
+    """(C, 256) int16 that carry the bits of `normalise` for every byte; dtype is float16 or bfloat16."""
+    every_byte = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, len(mean), 1, 256)
+    values = normalise(every_byte, channel_constants(mean), channel_constants(std), dtype)
+    table: np.ndarray = values.reshape(len(mean), 256).contiguous().view(torch.int16).numpy()
+    return table
