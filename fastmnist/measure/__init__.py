@@ -1,0 +1,1 @@
+"""What a figure needs beside it: where and with what it was measured."""

@@ -1,0 +1,86 @@
+"""What a model says of a whole split: probabilities, loss, accuracy, confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.metrics import confusion_matrix
+from torch import nn
+from torch.nn import functional
+
+from fastmnist.data.kernels import channel_constants, normalise
+from fastmnist.data.loader import Loader
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """labels (N,) int64; probabilities (N, C) float32; loss: mean cross-entropy."""
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    loss: float
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """(N,) int64: the most probable class."""
+        predictions: np.ndarray = self.probabilities.argmax(1)
+        return predictions
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.predictions == self.labels).mean())
+
+    def confusion(self) -> np.ndarray:
+        """(C, C) int64: rows are true classes, columns predictions."""
+        matrix: np.ndarray = confusion_matrix(
+            self.labels, self.predictions, labels=np.arange(self.probabilities.shape[1])
+        )
+        return matrix
+
+
+class StopRequested(Exception):  # noqa: N818  # no error
+    """The user asked to stop in the middle of something that cannot be kept half done."""
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    loader: Loader,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    amp: torch.dtype | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Runs the model in evaluation mode over one epoch of a loader that gives uint8 images in the file's order.
+
+    mean, std: per channel, of the data that the model was trained on. amp: autocast dtype, None for float32.
+
+    Raises:
+        StopRequested: `stop` became true; it is asked before each batch.
+    """
+    was_training = model.training
+    model.eval()
+    device = loader.device
+    offset, spread = channel_constants(mean, device), channel_constants(std, device)
+    logits, labels = [], []
+    try:
+        for images, batch_labels in loader:
+            if stop():
+                raise StopRequested
+            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                logits.append(model(normalise(images, offset, spread, torch.float32)).float())
+            labels.append(batch_labels.clone())
+    finally:
+        model.train(was_training)
+    all_logits, all_labels = torch.cat(logits), torch.cat(labels)
+    return Evaluation(
+        labels=all_labels.cpu().numpy(),
+        probabilities=all_logits.softmax(1).cpu().numpy(),
+        loss=float(functional.cross_entropy(all_logits, all_labels)),
+    )

@@ -1,0 +1,318 @@
+"""The training loop: one step, one epoch, and the state from which both go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastmnist.config import TrainConfig
+from fastmnist.data.kernels import channel_constants, normalise
+from fastmnist.data.loader import Batch, Loader
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.training.augment import draw_transforms, warp
+from fastmnist.training.precision import Precision
+
+Record = dict[str, Any]
+DEFAULT_RATES = {"sgd": 0.1, "adamw": 0.003}
+FIRST_RATE, LAST_RATE = 25.0, 1e4  # the peak rate over the first, and the first over the last one
+
+
+def one_cycle(steps: int, peak: float, warmup: float) -> list[float]:
+    """The learning rate of each step, by torch's OneCycleLR (L. Smith, N. Topin: "Super-convergence", 2017)."""
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        peak,
+        total_steps=steps + 1,
+        pct_start=warmup,
+        cycle_momentum=False,
+        div_factor=FIRST_RATE,
+        final_div_factor=LAST_RATE,
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+class Trainer:
+    """Trains `model` on the batches of `loader` (uint8, drop_last, on the model's device).
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: the training clock: from a batch's request to the end of its step, without validation.
+        compute: (images, labels, transforms) to (mean loss, number of right answers); may be replaced by its compiled
+            form.
+    """
+
+    def __init__(self, model: nn.Module, loader: Loader, config: TrainConfig, precision: Precision) -> None:
+        assert config.epochs is not None
+        self.model, self.loader, self.config, self.precision = model, loader, config, precision
+        self.device = loader.device
+        self.epochs = config.epochs
+        self.mean, self.std = (channel_constants(values, self.device) for values in loader.file.moments)
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
+        peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
+        self.rates = one_cycle(len(loader) * self.epochs, peak, config.warmup)
+        self.compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.forward
+        self.step = 0
+        self.seconds = 0.0
+        self._losses = torch.zeros(len(loader), device=self.device)
+        self._right = torch.zeros(len(loader), device=self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config, rate = self.config, 0.0  # each step sets its own rate
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(
+                self.model.parameters(),
+                lr=rate,
+                betas=(config.momentum, 0.999),
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+        return torch.optim.SGD(
+            self.model.parameters(),
+            lr=rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augments, normalises, classifies; images (B, C, H, W) uint8, labels (B,), transforms (B, 2, 3) or None."""
+        values = images.to(torch.float32)
+        if transforms is not None:
+            values = warp(values, transforms)
+        values = normalise(values, self.mean, self.std, torch.float32).to(memory_format=torch.channels_last)
+        amp = self.precision.amp
+        with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            logits = self.model(values)
+        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        return loss, (logits.argmax(1) == labels).sum()
+
+    def transforms(self, epoch: int) -> torch.Tensor | None:
+        """(images of the epoch in their order, 2, 3) on the device; None without augmentation."""
+        config, file = self.config, self.loader.file
+        if not config.augment:
+            return None
+        drawn = draw_transforms(
+            self.loader.epoch_indices(epoch),
+            len(file),
+            config.seed,
+            epoch,
+            shift=config.shift,
+            rotation=config.rotation,
+            scale=config.scale,
+            image_size=file.image_shape[:2],
+        )
+        return drawn.to(self.device)
+
+    def warm_up(self) -> None:
+        """One forward and backward pass that leaves no trace in the model: compiles, and finds what does not fit.
+
+        Raises:
+            ConfigError: the batch does not fit into the GPU's memory; names the largest that does.
+        """
+        state = self.loader.state_dict()
+        batch = next(iter(self.loader))
+        self.loader.load_state_dict(state)
+        transforms = self.transforms(0)
+        try:
+            self.trial(batch, transforms)
+        except torch.OutOfMemoryError:
+            raise ConfigError(self._advice_on_memory(batch, transforms)) from None
+        self.synchronize()
+
+    def trial(self, batch: Batch, transforms: torch.Tensor | None) -> None:
+        """Forward and backward on a batch; running statistics, gradients and random state are as before."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        random_state = _random_state(self.device)
+        try:
+            images, labels = batch
+            loss, _ = self.compute(images, labels, None if transforms is None else transforms[: len(labels)])
+            self.scaler.scale(loss).backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(buffers[name])
+            _set_random_state(random_state, self.device)
+
+    def _advice_on_memory(self, batch: Batch, transforms: torch.Tensor | None) -> str:
+        images, labels = batch
+        size = len(labels) // 2
+        while size >= 2:
+            try:
+                self.trial((images[:size], labels[:size]), transforms)
+            except torch.OutOfMemoryError:
+                size //= 2
+            else:
+                return (
+                    f"--batch-size {len(labels)} does not fit into the memory of {self.device}; "
+                    f"{size} does: say --batch-size {size}"
+                )
+        return f"no batch fits into the memory of {self.device}; free it, or take a smaller --model or --stem"
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def train_step(self, batch: Batch, transforms: torch.Tensor | None, at: int) -> None:
+        """One optimizer step; loss and right answers stay on the device, at place `at` of the epoch."""
+        images, labels = batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[self.step]
+        loss, right = self.compute(images, labels, transforms)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._losses[at] = loss.detach()
+        self._right[at] = right
+        self.step += 1
+
+    def run_epoch(
+        self,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        on_log: Callable[[Record], None] = lambda record: None,
+        on_tick: Callable[[Record], None] = lambda record: None,
+        tick_seconds: float = 0.5,
+    ) -> Record | None:
+        """The rest of the current epoch: the whole epoch's record, or None when `stop` became true before its end.
+
+        on_log is given a record every `log_every` steps, on_tick one every `tick_seconds`: a look at the loss waits
+        for the GPU, so there are few.
+
+        Raises:
+            FastmnistError: the loss is no longer finite.
+        """
+        batches = len(self.loader)
+        epoch, first = self.loader.epoch, self.step % batches
+        size = self.loader.batch_size
+        transforms = self.transforms(epoch)
+        self.model.train()
+        self.synchronize()
+        begun = ticked = time.perf_counter()
+        before, logged = self.seconds, first
+        for at, batch in enumerate(self.loader, first):
+            part = None if transforms is None else transforms[at * size : (at + 1) * size]
+            self.train_step(batch, part, at)
+            done = at + 1
+            if done % self.config.log_every == 0 or done == batches:
+                self.seconds = before + time.perf_counter() - begun
+                on_log(self._record(epoch, logged, done))
+                logged = done
+                ticked = time.perf_counter()
+            elif time.perf_counter() - ticked > tick_seconds:
+                self.seconds = before + time.perf_counter() - begun
+                on_tick(self._record(epoch, logged, done))
+                ticked = time.perf_counter()
+            if done < batches and stop():
+                self._check_finite(logged, done)
+                self.seconds = before + time.perf_counter() - begun
+                return None
+        self.synchronize()
+        self.seconds = before + time.perf_counter() - begun
+        return self.epoch_record(epoch)
+
+    def epoch_record(self, epoch: int) -> Record:
+        """The record of `epoch`, the last one that was finished."""
+        loss, accuracy = self._means(0, len(self.loader))
+        return {
+            "kind": "epoch",
+            "epoch": epoch,
+            "step": self.step,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+        }
+
+    @property
+    def images_per_second(self) -> float:
+        """Images trained on over the training clock."""
+        return self.step * self.loader.batch_size / self.seconds if self.seconds else 0.0
+
+    def _record(self, epoch: int, start: int, end: int) -> Record:
+        self._check_finite(start, end)
+        loss, accuracy = self._means(start, end)
+        return {
+            "kind": "step",
+            "step": self.step,
+            "epoch": epoch,
+            "loss": loss,
+            "accuracy": accuracy,
+            "learning_rate": self.rates[self.step - 1],
+            "images_per_second": self.images_per_second,
+            "seconds": self.seconds,
+        }
+
+    def _means(self, start: int, end: int) -> tuple[float, float]:
+        return (
+            float(self._losses[start:end].mean()),
+            float(self._right[start:end].mean()) / self.loader.batch_size,
+        )
+
+    def _check_finite(self, start: int, end: int) -> None:
+        wrong = (~torch.isfinite(self._losses[start:end])).nonzero()
+        if not len(wrong):
+            return
+        at = start + int(wrong[0])
+        step = self.step - end + at
+        value = float(self._losses[at])
+        raise FastmnistError(
+            f"the loss is {value} at step {step + 1} of {len(self.rates)} "
+            f"(learning rate {self.rates[step]:.3g}); try a smaller --learning-rate, a longer --warmup or --amp off"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, and the sums of the epoch so far; tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": _random_state(self.device),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self._losses,
+            "right": self._right,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; raises DataError when the loader's file or settings are others."""
+        self.loader.load_state_dict(state["loader"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self._losses.copy_(state["losses"])
+        self._right.copy_(state["right"])
+        _set_random_state(state["random"], self.device)
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of dropout and its like: the order and the augmentation have random bits of their own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

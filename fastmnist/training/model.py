@@ -1,0 +1,126 @@
+"""The models: a ResNet-18 from torchvision's blocks, a small CNN, and torchvision's other classifiers by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from fastmnist.config import Stem
+from fastmnist.errors import ConfigError
+
+MODELS = ("resnet18", "small-cnn", "torchvision:<name>")
+SMALLEST = 16  # pixels: below, ResNet-18's last stages see less than one pixel of image
+
+
+def build_model(
+    name: str = "resnet18",
+    *,
+    stem: Stem = "imagenet",
+    num_classes: int = 10,
+    in_channels: int = 1,
+    image_size: tuple[int, int] = (28, 28),
+) -> nn.Module:
+    """A classifier of (B, in_channels, H, W) float images into (B, num_classes) logits, with fresh weights.
+
+    Args:
+        name: one of MODELS.
+        stem: of resnet18, see `resnet18`.
+        image_size: (H, W), each at least 16.
+
+    Raises:
+        ConfigError: the name is unknown, or the model cannot take images of this size.
+    """
+    if min(image_size) < SMALLEST:
+        raise ConfigError(f"images of {image_size[0]}x{image_size[1]} are too small; at least {SMALLEST}x{SMALLEST}")
+    if name == "resnet18":
+        return resnet18(stem, num_classes, in_channels)
+    if name == "small-cnn":
+        return small_cnn(num_classes, in_channels)
+    prefix, _, rest = name.partition(":")
+    if prefix != "torchvision" or rest not in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(
+            f"--model {name}: there are {', '.join(MODELS)} (torchvision.models.list_models() names them)"
+        )
+    return _from_torchvision(rest, num_classes, in_channels, image_size)
+
+
+def resnet18(stem: Stem = "imagenet", num_classes: int = 10, in_channels: int = 1) -> ResNet:
+    """ResNet-18 (K. He et al., "Deep residual learning for image recognition", CVPR 2016) for small images.
+
+    stem: "imagenet", 7x7 stride 2 and max-pool: 11,175,370 parameters for one channel and ten classes, weights
+    interchangeable with torchvision's; "stride2", 3x3 stride 2; "cifar", 3x3 stride 1; both without max-pool.
+    """
+    model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    kernel, stride = {"imagenet": (7, 2), "stride2": (3, 2), "cifar": (3, 1)}[stem]
+    model.conv1 = nn.Conv2d(in_channels, 64, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem != "imagenet":
+        model.maxpool = nn.Identity()
+    return model
+
+
+def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
+    """Three 3x3 convolutions with batch normalisation, global pooling, one linear layer: a quick start to explore."""
+    layers: list[nn.Module] = []
+    width_before = in_channels
+    for width in (32, 64, 128):
+        layers += [
+            nn.Conv2d(width_before, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        ]
+        width_before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width_before, num_classes))
+
+
+def _from_torchvision(name: str, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    builder = torchvision.models.get_model_builder(name)
+    options = {"num_classes": num_classes}
+    if "init_weights" in inspect.signature(builder).parameters:
+        options["init_weights"] = True
+    try:
+        model = builder(weights=None, **options)
+        _replace_first_convolution(model, in_channels)
+        with torch.no_grad():
+            logits = model.train()(torch.zeros(2, in_channels, *image_size))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        size = f"{image_size[0]}x{image_size[1]}"
+        raise ConfigError(f"--model torchvision:{name} cannot take images of {size}: {reason}") from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+        raise ConfigError(f"--model torchvision:{name} does not give one row of logits per image; name another")
+    model.apply(_forget_statistics)
+    return model
+
+
+def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if module.in_channels != in_channels:
+                parent, _, leaf = name.rpartition(".")
+                changed = nn.Conv2d(
+                    in_channels,
+                    module.out_channels,
+                    module.kernel_size,  # type: ignore[arg-type]
+                    module.stride,  # type: ignore[arg-type]
+                    module.padding,  # type: ignore[arg-type]
+                    bias=module.bias is not None,
+                )
+                nn.init.kaiming_normal_(changed.weight, mode="fan_out", nonlinearity="relu")
+                setattr(model.get_submodule(parent), leaf, changed)
+            return
+
+
+def _forget_statistics(module: nn.Module) -> None:
+    """The trial with an empty image must not stay in the running statistics."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.reset_running_stats()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
