@@ -1,0 +1,7 @@
+"""`python -m fastmnist`, the same as the command `fastmnist`."""
+
+import sys
+
+from fastmnist.cli import main
+
+sys.exit(main())

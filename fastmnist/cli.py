@@ -1,0 +1,254 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a subcommand runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Optional
+
+import jsonargparse
+
+import fastmnist
+from fastmnist.config import GROUPS, TrainConfig
+from fastmnist.errors import ConfigError, FastmnistError
+
+if TYPE_CHECKING:
+    from fastmnist.training.evaluate import Evaluation
+
+STARTED = time.perf_counter()
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+# ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Flags with hyphens, --x and --no-x for a yes or no, and wrong usage in one line with exit status 2."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if options.get("type") is bool:
+            del options["type"]
+            options["action"] = jsonargparse.ActionYesNo(no_prefix="no-")
+        hyphened = [name.replace("_", "-") if isinstance(name, str) else name for name in names]
+        return super().add_argument(*hyphened, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(" ".join(message.split()))
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="fastmnist", description=fastmnist.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastmnist {fastmnist.__version__}")
+    commands = parser.add_subcommands()
+    for name, (describe, _) in COMMANDS.items():
+        command = describe()
+        commands.add_subcommand(name, command, help=f"{str(command.description).split(':')[0]}.")
+    return parser
+
+
+def _parser(description: str, *, writes_json: bool = True) -> Parser:
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    if writes_json:
+        parser.add_argument(
+            "--json", type=Optional[str], metavar="FILE", help="Write the result to FILE, for programs."
+        )
+    return parser
+
+
+def _add_data_flags(parser: Parser, dataset: bool) -> None:
+    if dataset:
+        parser.add_argument(
+            "--dataset",
+            type=str,
+            default="mnist",
+            help="mnist, fashion, kmnist, qmnist, emnist-<split> or digits.",
+        )
+    parser.add_argument(
+        "--data-dir",
+        type=Optional[str],
+        help="Folder with the IDX files (.gz or not); by default $FASTMNIST_DATA, then a download.",
+    )
+
+
+def _describe_compile() -> Parser:
+    parser = _parser("Compile a dataset: source to <dataset>-train.beton and <dataset>-test.beton.")
+    _add_data_flags(parser, dataset=True)
+    parser.add_argument("--output", type=Optional[str], help="Folder for the files; by default the user's cache.")
+    return parser
+
+
+def _compile(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.data.prepare import compile_dataset
+    from fastmnist.report.progress import Reporter
+
+    reporter = Reporter()
+    begun = time.perf_counter()
+    files = compile_dataset(options.dataset, options.data_dir, options.output, progress=reporter.compiling)
+    seconds = time.perf_counter() - begun
+    for file in files:
+        reporter.say(f"{file.path}: {file.samples:,} samples, {file.status}")
+    content = [{"path": str(f.path), "split": f.split, "samples": f.samples, "status": f.status} for f in files]
+    _write_json(options.json, {"dataset": options.dataset, "files": content, "seconds": seconds})
+    return 0
+
+
+def _describe_verify() -> Parser:
+    parser = _parser("Verify a compiled file: header, counts, every checksum.", writes_json=False)
+    parser.add_argument("file", type=str, help="The .beton file.")
+    return parser
+
+
+def _verify(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.data.beton import Beton
+
+    with Beton(options.file) as file:
+        print(f"{options.file}: {file.verify_content()}")
+    return 0
+
+
+def _describe_train() -> Parser:
+    parser = _parser("Train a model: compile the data where needed, train, evaluate, draw, write the run's folder.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    parser.add_argument(
+        "--resume", type=Optional[str], metavar="DIR", help="Go on with the run in DIR that was stopped."
+    )
+    for group in GROUPS:
+        parser.add_class_arguments(group)
+    return parser
+
+
+def _train(options: Any, arguments: Sequence[str]) -> int:
+    names = TrainConfig.__dataclass_fields__
+    if options.resume is None:
+        config = TrainConfig(**{name: getattr(options, name) for name in names})
+        from fastmnist.run import train
+
+        result = train(config, started=STARTED)
+    else:
+        from fastmnist.run import resume
+
+        # Without defaults: what was not given keeps the run's own value, and is no change.
+        given = vars(build_parser().parse_args(arguments, defaults=False).train)
+        result = resume(
+            options.resume, {name: value for name, value in given.items() if name in names}, started=STARTED
+        )
+    _write_json(options.json, result.summary | {"folder": str(result.folder)})
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _describe_evaluate() -> Parser:
+    parser = _parser("Evaluate a run on its test set: accuracy, per class, confusion matrix.")
+    parser.add_argument("run", type=str, help="The run's folder.")
+    _add_data_flags(parser, dataset=False)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda and so on.")
+    return parser
+
+
+def _evaluate(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.inference import evaluate
+
+    result, names = evaluate(options.run, data_dir=options.data_dir, device=options.device)
+    confusion = result.confusion()
+    _print_evaluation(result, confusion, names)
+    per_class = {
+        name: float(row[i] / max(row.sum(), 1)) for i, (name, row) in enumerate(zip(names, confusion, strict=True))
+    }
+    content = {
+        "test_accuracy": result.accuracy,
+        "test_loss": result.loss,
+        "test_images": len(result.labels),
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+    }
+    _write_json(options.json, content)
+    return 0
+
+
+def _print_evaluation(result: Evaluation, confusion: Any, names: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("class", "images", "right", "accuracy", "most often taken for")
+    for index, (name, row) in enumerate(zip(names, confusion, strict=True)):
+        wrong = row.copy()
+        wrong[index] = 0
+        mistaken = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
+        total = int(row.sum())
+        table.add_row(name, f"{total:,}", f"{row[index]:,}", f"{row[index] / max(total, 1):.2%}", mistaken)
+    console = Console(highlight=False)
+    console.print(table)
+    if len(names) <= 10:
+        matrix = Table("true \\ predicted", *names)
+        for name, row in zip(names, confusion, strict=True):
+            matrix.add_row(name, *(str(count) if count else "·" for count in row))
+        console.print(matrix)
+    wrong_count = int((result.predictions != result.labels).sum())
+    console.print(
+        f"Test accuracy {result.accuracy:.2%} ({wrong_count:,} of {len(result.labels):,} wrong)", markup=False
+    )
+
+
+def _describe_predict() -> Parser:
+    parser = _parser("Predict what is on pictures: label and probabilities for any PNG or JPEG of a digit.")
+    parser.add_argument("run", type=str, help="The run's folder.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Pictures, of any size and colour.")
+    return parser
+
+
+def _predict(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.inference import predict
+
+    predictions = predict(options.run, options.images)
+    for prediction in predictions:
+        ranked = ", ".join(f"{name} {share:.1%}" for name, share in prediction.ranked()[:3])
+        print(f"{prediction.path}: {prediction.label}  ({ranked})")
+    _write_json(
+        options.json,
+        [{"path": str(p.path), "label": p.label, "probabilities": dict(p.ranked())} for p in predictions],
+    )
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any, Sequence[str]], int]]] = {
+    "compile": (_describe_compile, _compile),
+    "verify": (_describe_verify, _verify),
+    "train": (_describe_train, _train),
+    "evaluate": (_describe_evaluate, _evaluate),
+    "predict": (_describe_predict, _predict),
+}
+
+
+def _write_json(path: str | None, content: Any) -> None:
+    if path is not None:
+        from fastmnist.files import write_bytes
+
+        write_bytes(Path(path), (json.dumps(content, indent=2) + "\n").encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for wrong usage, 130 after Ctrl-C, 1 for any other failure."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    try:
+        parsed = build_parser().parse_args(arguments)
+        return COMMANDS[parsed.subcommand][1](getattr(parsed, parsed.subcommand), arguments)
+    except KeyboardInterrupt:
+        print("fastmnist: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no second error at exit
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        usual = isinstance(error, FastmnistError)
+        text = str(error) if usual else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        print(f"fastmnist: {' '.join(text.split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1

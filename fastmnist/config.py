@@ -1,0 +1,171 @@
+"""Every setting of a training run: its meaning, its default and its check. Flags and YAML keys come from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Optional
+
+from fastmnist.errors import ConfigError
+
+# Optional[...] instead of `| None`: the command line's types are read from these annotations on Python 3.10 too.
+# ruff: noqa: UP045
+
+Stem = Literal["imagenet", "stride2", "cifar"]
+Amp = Literal["auto", "off", "bf16", "fp16"]
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "cudagraphs"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data and loader"""
+
+    dataset: Optional[str] = None
+    """mnist, fashion, kmnist, qmnist, emnist-<split> or digits; by default mnist, or digits if that cannot be had."""
+
+    data_dir: Optional[str] = None
+    """Folder with the IDX files (.gz or not; torchvision's MNIST/raw layout too) or with compiled files; by default
+    $FASTMNIST_DATA, then the cache, then a download."""
+
+    cache_dir: Optional[str] = None
+    """Folder for compiled files and downloads; by default the user's cache folder."""
+
+    verify: Literal["size", "full"] = "size"
+    """How a compiled file is checked when it is opened: its size and addresses, or every byte."""
+
+    val_size: Optional[int] = None
+    """Training images held out for validation; by default 5,000, or a tenth of the training set if that is less."""
+
+    batch_size: int = 128
+    """Images per training step."""
+
+    placement: Literal["auto", "resident", "stream"] = "auto"
+    """Where the images are: all in the device's memory, or streamed from the file."""
+
+    threads: int = 0
+    """Threads that gather a batch on the host; 0 takes as many as pay."""
+
+    prefetch: int = 3
+    """Batches on their way to a GPU ahead of the current one."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    model: str = "resnet18"
+    """resnet18, small-cnn, or torchvision:<name> for any classifier of torchvision that takes images of this size."""
+
+    stem: Stem = "imagenet"
+    """First layer of resnet18: 7x7 stride 2 and max-pool, 3x3 stride 2, or 3x3 stride 1 (more accurate, slower)."""
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Recipe"""
+
+    epochs: Optional[int] = None
+    """Passes over the training set; by default as many as make about 180,000 images, at least 1, at most 20."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum, or AdamW."""
+
+    learning_rate: Optional[float] = None
+    """Peak of the one-cycle schedule; by default 0.1 for sgd, 0.003 for adamw."""
+
+    momentum: float = 0.9
+    """Nesterov momentum (sgd), or beta1 (adamw)."""
+
+    weight_decay: float = 5e-4
+    """Of all weights."""
+
+    warmup: float = 0.3
+    """Share of all steps in which the learning rate rises to its peak."""
+
+    label_smoothing: float = 0.0
+    """Probability that is spread over the wrong classes in the loss."""
+
+    augment: bool = True
+    """Shift, turn and scale each training image at random."""
+
+    shift: float = 2.0
+    """Largest shift in each direction (pixels)."""
+
+    rotation: float = 8.0
+    """Largest rotation (degrees)."""
+
+    scale: float = 0.08
+    """Largest change of size (0.1 is 10 % larger or smaller)."""
+
+    seed: int = 0
+    """Of the weights, the order and the augmentation."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run"""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 and so on."""
+
+    amp: Amp = "auto"
+    """Mixed precision: bf16 from compute capability 8.0, fp16 with a gradient scaler below, off on a CPU."""
+
+    compile: Compile = "auto"
+    """torch.compile: auto weighs its cost against the run's length."""
+
+    log_every: int = 50
+    """Steps between two lines in metrics.jsonl."""
+
+    out: Optional[str] = None
+    """The run's folder, which must be new or empty; by default runs/<date>-<dataset>-<n>."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run's folder too."""
+
+    quiet: bool = False
+    """Print the result only."""
+
+
+GROUPS = (DataConfig, ModelConfig, RecipeConfig, RunConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
+    """All settings of a run.
+
+    Raises:
+        ConfigError: a value cannot work; the message names the flag, the value and what is possible.
+    """
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("val_size", 0, math.inf),
+            ("batch_size", 2, math.inf),  # batch normalisation needs two
+            ("threads", 0, 1024),
+            ("prefetch", 0, 64),
+            ("epochs", 1, math.inf),
+            ("momentum", 0, 0.9999),
+            ("weight_decay", 0, math.inf),
+            ("warmup", 0, 1),
+            ("label_smoothing", 0, 0.99),
+            ("shift", 0, math.inf),
+            ("rotation", 0, 180),
+            ("scale", 0, 0.9),
+            ("seed", 0, 2**63 - 1),
+            ("log_every", 1, math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                raise ConfigError(f"{flag(name)} {value}: must be {limit}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--learning-rate {self.learning_rate}: must be more than 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def flag(name: str) -> str:
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,400 @@
+"""A whole run, from a dataset's name to a folder with a trained model and what it can do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmnist.config import TrainConfig, flag
+from fastmnist.data.loader import Loader
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.measure.environment import hardware, versions
+from fastmnist.report.progress import Reporter, duration
+from fastmnist.runfolder import RunFolder
+from fastmnist.session import make_loaders, open_files
+from fastmnist.training.checkpoint import (
+    CHECKPOINT,
+    ModelCard,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from fastmnist.training.evaluate import Evaluation, StopRequested, evaluate_model
+from fastmnist.training.loop import Record, Trainer
+from fastmnist.training.model import count_parameters
+from fastmnist.training.precision import choose_compile, choose_device, choose_precision
+
+SAVE_EVERY = 30.0  # seconds of training between two checkpoints at epochs' ends
+TIMED_PASSES = 5
+
+
+@dataclass
+class Clocks:
+    """Seconds of each part of a run."""
+
+    data: float = 0.0
+    compile: float = 0.0
+    evaluate: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - begun)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` gives back: the run's folder and what its summary.json says."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.summary["interrupted"])
+
+
+def train(config: TrainConfig, *, reporter: Reporter | None = None, started: float | None = None) -> TrainResult:
+    """Compiles the data where needed, trains, evaluates on the test set once, draws, and writes the run's folder.
+
+    Args:
+        config: all settings.
+        reporter: where progress goes; by default standard output.
+        started: time.perf_counter() at which the total clock began; by default now.
+
+    Raises:
+        FastmnistError: bad data, a setting that cannot work, a loss that is no longer finite, a folder or disk that
+            cannot be written. Ctrl-C raises nothing: it ends the run with `interrupted` in the summary.
+    """
+    return _Run(config, reporter or Reporter(config.quiet), started).execute(None)
+
+
+def resume(
+    folder: str | Path,
+    given: dict[str, Any] | None = None,
+    *,
+    reporter: Reporter | None = None,
+    started: float | None = None,
+) -> TrainResult:
+    """Goes on with a run that was stopped, at its exact next batch.
+
+    Args:
+        folder: the run's folder.
+        given: settings that must be those of the run; any other value is refused.
+
+    Raises:
+        FastmnistError: as `train`; also when the run is complete, or its data or its settings have changed.
+    """
+    run = RunFolder(Path(folder))
+    saved, state = load_checkpoint(run.path)
+    in_file = run.read_config()
+    for source, values, names in (
+        (f"{run.path / 'config.yaml'} has", in_file, sorted(saved.keys() | in_file.keys())),
+        ("the command line has", given or {}, sorted(given or {})),
+    ):
+        for name in names:
+            before, now = (mapping.get(name, "nothing") for mapping in (saved, values))
+            if before != now:
+                raise ConfigError(
+                    f"{run.path} was trained with {flag(name)} {before}, {source} {now}; "
+                    "a resumed run keeps its settings: take the change back, or begin a new run"
+                )
+    config = TrainConfig(**saved)
+    if run.read_summary().get("interrupted") is False:
+        raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
+    return _Run(config, reporter or Reporter(config.quiet), started).execute((run, state))
+
+
+class _Run:
+    """One call of `train` or `resume`, in its order."""
+
+    def __init__(self, config: TrainConfig, reporter: Reporter, started: float | None) -> None:
+        self.config, self.reporter = config, reporter
+        self.clocks = Clocks() if started is None else Clocks(started=started)
+
+    def execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
+        with self.clocks.measure("data"):
+            self.files, self.config = open_files(self.config, self.reporter.compiling)
+        if self.files.note:
+            self.reporter.say(self.files.note)
+        device = choose_device(self.config.device)
+        self.precision = choose_precision(self.config.amp, device)
+        choose_compile(self.config.compile, device, 0.0)  # says at once what cannot work
+        with self.clocks.measure("data"):
+            self.loaders = make_loaders(self.files, self.config, device)
+        torch.manual_seed(self.config.seed)
+        self.trainer = Trainer(self._make_model(device), self.loaders.train, self.config, self.precision)
+        if resumed is None:
+            self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
+            self.records: list[Record] = []
+        else:
+            self.folder = resumed[0]
+            self.trainer.load_state_dict(resumed[1])
+            self.records = self.folder.forget_after(self.trainer.step)
+        self._announce()
+        try:
+            self.folder.write_config(self.config)
+            self._set_up_compile()
+            return self._train()
+        except BaseException:
+            if resumed is None and not (self.folder.path / CHECKPOINT).exists():
+                self.folder.discard()  # nothing in it could be gone on from
+            raise
+        finally:
+            self.loaders.close()
+
+    def _make_model(self, device: torch.device) -> nn.Module:
+        shape = self.files.train.image_shape
+        mean, std = self.files.train.moments
+        assert self.config.dataset is not None
+        self.card = ModelCard(
+            model=self.config.model,
+            stem=self.config.stem,
+            dataset=self.config.dataset,
+            class_names=self.files.train.class_names,
+            image_shape=shape,
+            mean=mean,
+            std=std,
+        )
+        model: nn.Module = self.card.build().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def _announce(self) -> None:
+        trainer, config = self.trainer, self.config
+        held_out = f" ({config.val_size:,} held out for validation)" if config.val_size else ""
+        self.reporter.say(
+            f"{config.dataset}: {len(self.files.train):,} training images{held_out}, "
+            f"{len(self.files.test):,} test images; {config.model}, {count_parameters(trainer.model):,} parameters; "
+            f"{config.epochs} epochs of {len(trainer.loader)} steps of {config.batch_size} images on {trainer.device}"
+        )
+        self.reporter.say(f"mixed precision {self.precision.name}: {self.precision.reason}")
+
+    def _set_up_compile(self) -> None:
+        """Warms up, chooses how to compile and does it, outside the training clock."""
+        trainer, asked = self.trainer, self.config.compile
+        with self.clocks.measure("compile"):
+            trainer.model.train()
+            trainer.warm_up()
+            mode, reason = choose_compile(asked, trainer.device, self._eager_seconds())
+            if mode != "off":
+                how: dict[str, str] = {"backend": mode} if mode == "cudagraphs" else {"mode": mode}
+                trainer.compute = torch.compile(trainer.forward, **how)  # type: ignore[call-overload]
+                try:
+                    trainer.warm_up()
+                except FastmnistError:
+                    raise
+                except Exception as error:
+                    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                    if asked != "auto":
+                        raise FastmnistError(
+                            f"--compile {mode} does not work here: {what}; say --compile off"
+                        ) from error
+                    trainer.compute = trainer.forward
+                    mode, reason = "off", f"compiling was worth it but failed ({what})"
+        self.compile_mode, self.compile_reason = mode, reason
+        self.reporter.say(f"torch.compile {mode}: {reason}")
+
+    def _eager_seconds(self) -> float:
+        """About what the steps that are left take without compiling; measured where the choice depends on it."""
+        trainer = self.trainer
+        if self.config.compile != "auto" or trainer.device.type != "cuda":
+            return 0.0
+        begun = time.perf_counter()
+        for _ in range(TIMED_PASSES):
+            trainer.warm_up()
+        return (time.perf_counter() - begun) / TIMED_PASSES * (len(trainer.rates) - trainer.step)
+
+    def _train(self) -> TrainResult:
+        with (
+            _stop_on_ctrl_c(self.reporter) as stop,
+            _events(self.folder.path, self.config.tensorboard) as events,
+        ):
+            self.events = events
+            try:
+                with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # shapes never change
+                    done = self._epochs(stop)
+                evaluation = self._evaluate(self.loaders.test, stop) if done else None
+            except StopRequested:
+                evaluation = None
+            save_checkpoint(self.folder.path, self.config.to_dict(), self.trainer.state_dict())
+            save_weights(self.folder.path, self.trainer.model, self.card)
+            summary = self._summary(evaluation)
+            self._draw(evaluation, summary)
+            summary["total_seconds"] = time.perf_counter() - self.clocks.started
+            self.folder.write_summary(summary)
+        self._conclude(summary)
+        return TrainResult(self.folder.path, summary)
+
+    def _epochs(self, stop: Callable[[], bool]) -> bool:
+        """All epochs that are left; False when the user stopped in between."""
+        trainer, epochs = self.trainer, self.trainer.epochs
+        saved = trainer.seconds
+        if trainer.step and trainer.step % len(trainer.loader) == 0 and not self._knows(trainer.loader.epoch - 1):
+            # The last epoch's validation was interrupted.
+            self._finish_epoch(trainer.epoch_record(trainer.loader.epoch - 1), stop)
+        with self.reporter.training(len(trainer.rates), trainer.step, self.config.batch_size):
+            while trainer.loader.epoch < epochs:
+                record = trainer.run_epoch(
+                    stop=stop,
+                    on_log=self._log,
+                    on_tick=lambda record: self.reporter.show(record, epochs),
+                )
+                if record is None:
+                    return False
+                self._finish_epoch(record, stop)
+                if trainer.seconds - saved > SAVE_EVERY and trainer.loader.epoch < epochs:
+                    save_checkpoint(self.folder.path, self.config.to_dict(), trainer.state_dict())
+                    saved = trainer.seconds
+                if stop():
+                    return False
+        return True
+
+    def _knows(self, epoch: int) -> bool:
+        return any(record["kind"] == "epoch" and record["epoch"] == epoch for record in self.records)
+
+    def _log(self, record: Record) -> None:
+        self._keep(record)
+        self.reporter.show(record, self.trainer.epochs)
+
+    def _finish_epoch(self, record: Record, stop: Callable[[], bool]) -> None:
+        if self.loaders.validation is not None:
+            validation = self._evaluate(self.loaders.validation, stop)
+            record |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
+        self._keep(record)
+        self.reporter.epoch(record, self.trainer.epochs)
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        self.folder.append(record)
+        if self.events is not None:
+            prefix = "" if record["kind"] == "epoch" else "step/"
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.events.add_scalar(prefix + name, value, record["step"])
+
+    def _evaluate(self, loader: Loader, stop: Callable[[], bool]) -> Evaluation:
+        with self.clocks.measure("evaluate"):
+            mean, std = self.files.train.moments
+            return evaluate_model(self.trainer.model, loader, mean, std, amp=self.precision.amp, stop=stop)
+
+    def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        trainer, config = self.trainer, self.config
+        validated = [r["val_accuracy"] for r in self.records if r.get("val_accuracy") is not None]
+        return {
+            "test_accuracy": evaluation and evaluation.accuracy,
+            "val_accuracy": validated[-1] if validated else None,
+            "test_loss": evaluation and evaluation.loss,
+            "train_seconds": trainer.seconds,
+            "compile_seconds": self.clocks.compile,
+            "data_seconds": self.clocks.data,
+            "evaluate_seconds": self.clocks.evaluate,
+            "total_seconds": time.perf_counter() - self.clocks.started,
+            "images_per_second": trainer.images_per_second,
+            "device": str(trainer.device),
+            "amp": self.precision.name,
+            "compile": self.compile_mode,
+            "compile_reason": self.compile_reason,
+            "dataset": config.dataset,
+            "data_note": self.files.note,
+            "train_images": len(self.loaders.train.indices),
+            "val_images": config.val_size,
+            "test_images": len(self.files.test),
+            "steps": trainer.step,
+            "epochs": trainer.epochs,
+            "epochs_done": trainer.loader.epoch,
+            "interrupted": evaluation is None,
+            "seed": config.seed,
+            "model": config.model,
+            "parameters": count_parameters(trainer.model),
+            "versions": versions(),
+            "hardware": hardware(trainer.device),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+
+    def _draw(self, evaluation: Evaluation | None, summary: dict[str, Any]) -> None:
+        from fastmnist.report.html import write_report
+        from fastmnist.report.plots import plot_confusion, plot_curves, plot_predictions
+
+        folder, names = self.folder.path, self.files.train.class_names
+        pictures = {}
+        if self.records:
+            pictures["curves"] = folder / "curves.png"
+            plot_curves(self.records, pictures["curves"])
+        if evaluation is not None:
+            pictures |= {name: folder / f"{name}.png" for name in ("confusion", "predictions")}
+            subject = f"{summary['dataset']}, {len(self.files.test):,} test images"
+            plot_confusion(evaluation.confusion(), names, pictures["confusion"], subject=subject)
+            images = self.files.test.images(np.arange(len(self.files.test)))
+            plot_predictions(images, evaluation.labels, evaluation.probabilities, names, pictures["predictions"])
+        write_report(
+            folder / "report.html",
+            summary=summary,
+            config=self.config.to_dict(),
+            records=self.records,
+            pictures=pictures,
+        )
+
+    def _conclude(self, summary: dict[str, Any]) -> None:
+        path = self.folder.path
+        if summary["interrupted"]:
+            self.reporter.result(
+                f"StopRequested after step {summary['steps']} of {len(self.trainer.rates)}; "
+                f"fastmnist train --resume {path} goes on from there."
+            )
+            return
+        wrong = round((1 - summary["test_accuracy"]) * summary["test_images"])
+        self.reporter.result(
+            f"Test accuracy {summary['test_accuracy']:.2%} ({wrong:,} of {summary['test_images']:,} wrong) on "
+            f"{summary['dataset']} after {duration(summary['train_seconds'])} of training at "
+            f"{summary['images_per_second']:,.0f} images/s; {duration(summary['total_seconds'])} in all."
+        )
+        self.reporter.result(f"{path / 'report.html'} shows it.")
+
+
+@contextmanager
+def _stop_on_ctrl_c(reporter: Reporter) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks the loop to stop at the next step's end; the second one breaks off."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # only the main thread may set signal handlers
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        reporter.say("Stopping after this step and saving; press Ctrl-C again to break off.")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _events(folder: Path, wanted: bool) -> Iterator[Any]:
+    """TensorBoard's writer, or None."""
+    if not wanted:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        yield writer

@@ -1,0 +1,124 @@
+"""The data of one run: files, the validation split, loaders, and the settings that depend on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+
+from fastmnist.config import TrainConfig
+from fastmnist.data.beton import Beton
+from fastmnist.data.loader import Loader
+from fastmnist.data.prepare import CompileProgress, prepare
+from fastmnist.errors import ConfigError, DataError
+from fastmnist.training.evaluate import EVALUATION_BATCH
+from fastmnist.training.loop import DEFAULT_RATES
+
+VAL_SIZE, VAL_SHARE = 5000, 0.1
+SPLIT_SEED = 0  # one validation split for all seeds, so that runs compare
+IMAGES_SEEN, MOST_EPOCHS = 180_000, 20
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The two compiled files; note: why it is this dataset, empty when it was asked for."""
+
+    train: Beton
+    test: Beton
+    note: str
+
+
+@dataclass(frozen=True)
+class RunLoaders:
+    """train drops the last, partial batch; validation is None without a split; both others keep the file's order."""
+
+    train: Loader
+    validation: Loader | None
+    test: Loader
+
+    def close(self) -> None:
+        for loader in (self.train, self.validation, self.test):
+            if loader is not None:
+                loader.close()
+
+
+def open_files(config: TrainConfig, progress: CompileProgress) -> tuple[RunFiles, TrainConfig]:
+    """Compiles what is missing, opens both files, and fills in every setting that depends on them.
+
+    Raises:
+        DataError: the data cannot be used. ConfigError: the settings do not fit the data.
+    """
+    prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=progress)
+    files = RunFiles(Beton(prepared.train, config.verify), Beton(prepared.test, config.verify), prepared.note)
+    train, test = files.train, files.test
+    if train.image_shape != test.image_shape or max(test.labels) >= len(train.class_names):
+        raise DataError(
+            f"{prepared.train} has {len(train.class_names)} classes and images of {train.image_shape}, "
+            f"{prepared.test} has {len(test.class_names)} and {test.image_shape}; compile both from one source"
+        )
+    return files, _resolve(config, prepared.dataset, len(train))
+
+
+def _resolve(config: TrainConfig, dataset: str, samples: int) -> TrainConfig:
+    val_size = config.val_size
+    if val_size is None:
+        val_size = min(VAL_SIZE, int(samples * VAL_SHARE))
+    images = samples - val_size
+    if images < config.batch_size:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} with --val-size {val_size}: {dataset} has {samples:,} training images, "
+            f"which leaves {max(images, 0):,}, less than one batch; make either smaller"
+        )
+    return replace(
+        config,
+        dataset=dataset,
+        data_dir=config.data_dir and str(Path(config.data_dir).expanduser().resolve()),
+        val_size=val_size,
+        epochs=config.epochs or int(np.clip(round(IMAGES_SEEN / images), 1, MOST_EPOCHS)),
+        learning_rate=config.learning_rate or DEFAULT_RATES[config.optimizer],
+    )
+
+
+def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> RunLoaders:
+    """The loaders of a resolved configuration, their batches as uint8 on `device`."""
+    training, validation = _split(files.train, config)
+
+    def loader(file: Beton, batch_size: int, **options: Any) -> Loader:
+        return Loader(
+            file,
+            batch_size,
+            device=device,
+            placement=config.placement,
+            threads=config.threads,
+            prefetch=config.prefetch,
+            **options,
+        )
+
+    held_out = None
+    if validation is not None:
+        held_out = loader(files.train, EVALUATION_BATCH, shuffle=False, indices=validation)
+    return RunLoaders(
+        train=loader(files.train, config.batch_size, seed=config.seed, indices=training, drop_last=True),
+        validation=held_out,
+        test=loader(files.test, EVALUATION_BATCH, shuffle=False),
+    )
+
+
+def _split(file: Beton, config: TrainConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """The samples to train on and those held out, each class in proportion."""
+    samples = np.arange(len(file))
+    if not config.val_size:
+        return samples, None
+    try:
+        parts = train_test_split(samples, test_size=config.val_size, stratify=file.labels, random_state=SPLIT_SEED)
+    except ValueError as error:
+        raise ConfigError(
+            f"--val-size {config.val_size}: {config.dataset} cannot be split so: {error}; "
+            "give another number, or 0 for no validation"
+        ) from error
+    training, validation = (np.sort(part) for part in parts)
+    return training, validation
