@@ -1,0 +1,254 @@
+"""Any picture of one character in, a picture like those of MNIST out.
+
+The recipe is the one that Y. LeCun, C. Cortes and C. Burges give on the page of the MNIST database: keep the
+aspect ratio, fit the character into a 20x20 box with anti-aliasing, then put its centre of mass in the centre
+of the 28x28 field.
+"""
+
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fastmnist.errors import FastmnistError
+
+Floats = npt.NDArray[np.float64]
+
+WORKING_SIDE = 1024  # pixels; a longer side is shrunk first, so that a phone's photo costs little
+LEAST_CONTRAST = 20.0  # of 255; weaker marks than this are paper grain or JPEG artefacts
+EDGE = 0.25  # of full ink; the character's box ends here, so soft upscaling does not widen it
+CUT = 0.08  # of full ink; weaker values are background
+WHITES = (255.0, 1023.0, 4095.0, 65535.0)  # the top of 8, 10, 12 and 16 bits
+BOX_SHARE = 20 / 28  # side of the box that holds the character over the side of the field
+
+
+def mnist_like(picture: Image.Image, size: int = 28) -> npt.NDArray[np.uint8]:
+    """Normalise a picture of one character as MNIST was made.
+
+    Takes any size and mode, dark strokes on light or light strokes on dark. EXIF orientation is followed and
+    transparent areas count as background.
+
+    Args:
+        picture: a Pillow picture; it is not changed.
+        size: side of the result in pixels, at least 1. The character's box is 20/28 of it.
+
+    Returns:
+        (size, size) uint8, light strokes (at most 255) on black (0).
+
+    Raises:
+        FastmnistError: the picture is blank, or its mode cannot be turned into grey or RGB.
+        ValueError: `size` is less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    if 0 in picture.size:
+        raise FastmnistError(f"The picture has no pixels ({picture.width}x{picture.height}). Use another one.")
+    ink = _ink(ImageOps.exif_transpose(picture))
+    return _centred(_fitted(ink, max(1, round(size * BOX_SHARE))), size)
+
+
+def read_picture(path: str | os.PathLike[str], size: int = 28) -> npt.NDArray[np.uint8]:
+    """Open an image file and normalise it with `mnist_like`.
+
+    Args:
+        path: a file in any format that Pillow reads; of several frames the first is used.
+        size: side of the result in pixels.
+
+    Returns:
+        (size, size) uint8, light strokes on black.
+
+    Raises:
+        FastmnistError: the file is missing, a folder, no image, damaged, far too large, or blank.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise FastmnistError(f"{file} is a folder. Name one image file in it.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does not matter here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as picture:
+                upright = ImageOps.exif_transpose(picture)  # this also decodes the pixels
+    except FileNotFoundError:
+        raise FastmnistError(f"There is no file {file}. Check the name and the folder.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise FastmnistError(
+            f"{file} has too many pixels to be opened safely. Make it smaller or crop it to the character."
+        ) from None
+    except UnidentifiedImageError:
+        raise FastmnistError(f"{file} is not an image that can be read. Save it as PNG or JPEG.") from None
+    except PermissionError:
+        raise FastmnistError(f"{file} may not be read. Change its permissions or copy it.") from None
+    # Pillow's decoders have no common error: each of these comes from some kind of damaged file.
+    except (OSError, SyntaxError, EOFError, ValueError, LookupError, struct.error, zlib.error) as error:
+        raise FastmnistError(f"{file} is damaged or cut short ({error}). Save or copy it again.") from error
+    try:
+        return mnist_like(upright, size)
+    except FastmnistError as error:
+        raise FastmnistError(f"{file}: {error}") from error
+
+
+def _ink(picture: Image.Image) -> Floats:
+    """How much ink lies on each pixel: (H, W) float64, 0 for background to 1 for a full stroke."""
+    colours, alpha = _planes(picture)
+    if alpha is not None and not (alpha >= 0.5).any():
+        raise _blank()
+    if alpha is not None:
+        if _strokes_only(colours, alpha):
+            return np.where(alpha < CUT, 0.0, alpha)
+        # The opaque part brings its own paper: carry its usual colour on under the transparent part.
+        paper = np.median(colours[alpha >= 0.5], axis=0)
+        colours = paper + (colours - paper) * alpha[..., None]
+
+    difference = colours - _background(colours)
+    distance = np.sqrt(np.mean(difference**2, axis=2))
+    contrast = float(distance.max())
+    if contrast < LEAST_CONTRAST:
+        raise _blank()
+    # Measure along the way from paper to ink. It undoes the mixing at soft edges whatever the two colours,
+    # and noise across that way or beyond the paper's colour drops out.
+    strokes = distance > contrast / 2
+    way = difference[strokes].mean(axis=0)
+    along = difference @ way
+    full = float(np.percentile(along[strokes], 75))
+    if full <= 0:  # strokes of opposite colours cancel out: fall back on the plain distance
+        along, full = distance, contrast
+    ink = np.clip(along / full, 0.0, 1.0)
+    return np.where(ink < CUT, 0.0, ink)
+
+
+def _planes(picture: Image.Image) -> tuple[Floats, Floats | None]:
+    """Colours (H, W, 1 or 3) in 0..255 and alpha (H, W) in 0..1, or None where nothing is transparent."""
+    if picture.mode.startswith(("I", "F")):
+        grey = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0.0, neginf=0.0)
+        # These modes do not say what white is: take the smallest usual range that holds the values.
+        top = float(np.abs(grey).max())
+        whites = (1.0, *WHITES) if picture.mode.startswith("F") else WHITES
+        white = next((usual for usual in whites if top <= usual), top)
+        picture = Image.fromarray((grey * (255.0 / white)).astype(np.float32))
+        return np.asarray(_shrunk(picture), dtype=np.float64)[..., None], None
+    try:
+        if picture.has_transparency_data:
+            # Pillow weighs colours by alpha when it resizes RGBA, so hidden colours do not leak out.
+            planes = np.asarray(_shrunk(picture.convert("RGBA")), dtype=np.float64)
+            alpha = planes[..., 3] / 255
+            return planes[..., :3], alpha if alpha.min() < 1 else None
+        grey_mode = picture.mode in ("1", "L")
+        planes = np.asarray(_shrunk(picture.convert("L" if grey_mode else "RGB")), dtype=np.float64)
+    except ValueError as error:
+        raise FastmnistError(f"A picture of mode {picture.mode} cannot be used. Save it as RGB.") from error
+    return planes if planes.ndim == 3 else planes[..., None], None
+
+
+def _shrunk(picture: Image.Image) -> Image.Image:
+    """The picture with no side over WORKING_SIDE, aspect ratio kept."""
+    scale = WORKING_SIDE / max(picture.size)
+    if scale >= 1:
+        return picture
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BOX)
+
+
+def _strokes_only(colours: Floats, alpha: Floats) -> bool:
+    """Whether the opaque part is the strokes alone (a drawing on glass), not a piece of paper with strokes.
+
+    Paper fills most of the box around it and holds two tones; strokes leave gaps or have one tone.
+    """
+    opaque = alpha >= 0.5
+    rows, columns = np.flatnonzero(opaque.any(axis=1)), np.flatnonzero(opaque.any(axis=0))
+    box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    low, high = np.percentile(colours[opaque].mean(axis=1), (1, 99))
+    return bool(opaque.sum() < 0.6 * box or high - low < 2 * LEAST_CONTRAST)
+
+
+def _background(colours: Floats) -> Floats:
+    """The paper's colour at every pixel, (H, W, channels): the level and its slope across the picture.
+
+    Light on dark or dark on light is never asked. All pixels are split into two tones along the direction in
+    which their colours vary most. The paper is the tone that has more of the border and of the whole area,
+    the two shares added: strokes cover little of either, and a tightly cropped bold character that covers
+    much of one seldom covers much of the other.
+    """
+    height, width, channels = colours.shape
+    flat = colours.reshape(-1, channels)
+    _, directions = np.linalg.eigh(np.atleast_2d(np.cov(flat.T, bias=True)))
+    tone = (flat @ directions[:, -1]).reshape(height, width)
+    upper = tone > _split(tone)
+    margin = max(1, min(height, width) // 20)
+    inside = np.zeros((height, width), dtype=bool)
+    inside[margin:-margin, margin:-margin] = True
+    border_share = upper[~inside].mean()
+    paper = upper if border_share + upper.mean() > 1 else ~upper
+    if not paper.any():
+        paper = ~paper
+    level = np.median(colours[paper], axis=0)
+
+    # A mild shadow: fit a plane to the pixels near the level, which leaves out the soft edges of strokes.
+    distance = np.abs(colours - level).max(axis=2)
+    near = distance <= max(2.0, float(distance.max()) / 4)
+    rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    terms = np.stack([np.ones_like(rows), rows, columns], axis=2)
+    plane, *_ = np.linalg.lstsq(terms[near], colours[near] - level, rcond=None)
+    fitted: Floats = level + terms @ plane
+    return fitted
+
+
+def _split(tone: Floats) -> float:
+    """The level that parts the values into two groups with the most variance between them (N. Otsu, 1979)."""
+    counts, edges = np.histogram(tone, bins=256)
+    middles = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * middles)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = sums / below - (sums[-1] - sums) / above
+        between = np.nan_to_num(below.astype(np.float64) * above * gap**2, posinf=0.0, neginf=0.0)
+    return float(edges[int(between.argmax()) + 1])
+
+
+def _fitted(ink: Floats, box: int) -> Floats:
+    """The character cut out and scaled so that its longer side is `box` pixels, aspect ratio kept."""
+    marked = ink > EDGE
+    if min(ink.shape) > 3 * box:  # on a large picture a mark of a pixel or two is dust, not a stroke
+        padded = np.pad(marked, 1).astype(np.int64)
+        rows, columns = ink.shape
+        near = sum(padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3))
+        marked &= near >= 4
+        if not marked.any():
+            raise _blank()
+    rows_with, columns_with = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
+    cut = ink[rows_with[0] : rows_with[-1] + 1, columns_with[0] : columns_with[-1] + 1]
+    scale = box / max(cut.shape)
+    height, width = (max(1, round(side * scale)) for side in cut.shape)
+    small = Image.fromarray(cut.astype(np.float32)).resize((width, height), Image.Resampling.HAMMING)
+    return np.clip(np.asarray(small, dtype=np.float64), 0.0, 1.0)
+
+
+def _centred(character: Floats, size: int) -> npt.NDArray[np.uint8]:
+    """The character on a black field, moved by whole pixels until its centre of mass is in the centre.
+
+    In the original files the centre of mass lies, to within half a pixel, in the middle of pixel 14 (from 0)
+    in both directions: half a pixel below and to the right of the field's geometric centre.
+    """
+    centre = size // 2 + 0.5
+    field = np.zeros((size, size), dtype=np.uint8)
+    corner = []
+    for axis in (0, 1):
+        side = character.shape[axis]
+        weights = character.sum(axis=1 - axis)
+        mass_centre = float(weights @ (np.arange(side) + 0.5) / weights.sum())
+        # Never push a stroke over the edge of the field.
+        corner.append(min(max(round(centre - mass_centre), 0), size - side))
+    top, left = corner
+    height, width = character.shape
+    field[top : top + height, left : left + width] = np.rint(character * 255)
+    return field
+
+
+def _blank() -> FastmnistError:
+    return FastmnistError("The picture is blank: nothing stands out from its background. Use one with a character.")
