@@ -82,7 +82,7 @@ class RecipeConfig:
     warmup: float = 0.3
     """Share of all steps in which the learning rate rises to its peak."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.1
     """Probability that is spread over the wrong classes in the loss."""
 
     augment: bool = True
@@ -147,7 +147,7 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             ("epochs", 1, math.inf),
             ("momentum", 0, 0.9999),
             ("weight_decay", 0, math.inf),
-            ("warmup", 0, 1),
+            ("warmup", 0.01, 0.99),
             ("label_smoothing", 0, 0.99),
             ("shift", 0, math.inf),
             ("rotation", 0, 180),

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -142,6 +142,7 @@ class _Run:
         self.trainer = Trainer(self._make_model(device), self.loaders.train, self.config, self.precision)
         if resumed is None:
             self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
+            self.config = replace(self.config, out=None)  # run again, it takes a new folder
             self.records: list[Record] = []
         else:
             self.folder = resumed[0]
@@ -181,7 +182,7 @@ class _Run:
         self.reporter.say(
             f"{config.dataset}: {len(self.files.train):,} training images{held_out}, "
             f"{len(self.files.test):,} test images; {config.model}, {count_parameters(trainer.model):,} parameters; "
-            f"{config.epochs} epochs of {len(trainer.loader)} steps of {config.batch_size} images on {trainer.device}"
+            f"{config.epochs} epoch{'s' * (config.epochs != 1)} of {len(trainer.loader)} steps of {config.batch_size} images on {trainer.device}"
         )
         self.reporter.say(f"mixed precision {self.precision.name}: {self.precision.reason}")
 
@@ -354,7 +355,7 @@ class _Run:
         path = self.folder.path
         if summary["interrupted"]:
             self.reporter.result(
-                f"StopRequested after step {summary['steps']} of {len(self.trainer.rates)}; "
+                f"Stopped after step {summary['steps']} of {len(self.trainer.rates)}; "
                 f"fastmnist train --resume {path} goes on from there."
             )
             return

@@ -76,11 +76,16 @@ def _resolve(config: TrainConfig, dataset: str, samples: int) -> TrainConfig:
     return replace(
         config,
         dataset=dataset,
-        data_dir=config.data_dir and str(Path(config.data_dir).expanduser().resolve()),
+        data_dir=_absolute(config.data_dir),
+        cache_dir=_absolute(config.cache_dir),
         val_size=val_size,
         epochs=config.epochs or int(np.clip(round(IMAGES_SEEN / images), 1, MOST_EPOCHS)),
         learning_rate=config.learning_rate or DEFAULT_RATES[config.optimizer],
     )
+
+
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
 def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> RunLoaders:

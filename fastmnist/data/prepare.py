@@ -44,7 +44,7 @@ class Prepared:
 
 def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
     """Where compiled files and downloads are kept."""
-    return Path(chosen) if chosen else platformdirs.user_cache_path("fastmnist")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("fastmnist")
 
 
 def data_folder(chosen: str | os.PathLike[str] | None = None) -> Path | None:

@@ -200,6 +200,7 @@ class Trainer:
             FastmnistError: the loss is no longer finite.
         """
         batches = len(self.loader)
+        self.loader.load_state_dict(self.loader.state_dict())  # an epoch that was left early goes on
         epoch, first = self.loader.epoch, self.step % batches
         size = self.loader.batch_size
         transforms = self.transforms(epoch)
