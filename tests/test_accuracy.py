@@ -1,0 +1,50 @@
+"""What the main job promises, on real data; minutes on a CPU."""
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from fastmnist.config import TrainConfig
+from fastmnist.run import train
+
+pytestmark = pytest.mark.slow
+
+
+def test_one_epoch_of_mnist_reaches_99_percent(mnist_folder: Path, tmp_path: Path) -> None:
+    accuracies = []
+    for seed in range(3):
+        config = TrainConfig(
+            dataset="mnist",
+            data_dir=str(mnist_folder),
+            epochs=1,
+            val_size=0,
+            seed=seed,
+            out=str(tmp_path / str(seed)),
+        )
+        accuracies.append(train(config).summary["test_accuracy"])
+    assert statistics.mean(accuracies) >= 0.99, accuracies
+
+
+def test_digits_reach_97_percent_without_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with no network: the download fails, the embedded digits take over, and the summary says so."""
+    import torchvision.datasets
+
+    def offline(*arguments: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
+    summary = train(TrainConfig(out=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"))).summary
+    assert summary["dataset"] == "digits"
+    assert "no network" in summary["data_note"]
+    assert summary["test_accuracy"] >= 0.97
+
+
+def test_inductor_trains_on_a_cpu(tmp_path: Path) -> None:
+    settings = {"dataset": "digits", "model": "small-cnn", "epochs": 3, "batch_size": 64}
+    results = {
+        mode: train(TrainConfig(**settings, compile=mode, out=str(tmp_path / mode))).summary
+        for mode in ("off", "default")
+    }
+    assert results["default"]["compile"] == "default"
+    assert results["default"]["test_accuracy"] == pytest.approx(results["off"]["test_accuracy"], abs=0.05)

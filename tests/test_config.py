@@ -1,0 +1,77 @@
+"""Settings: their checks, and the command line that is derived from them."""
+
+from dataclasses import fields
+
+import pytest
+
+from fastmnist.cli import build_parser
+from fastmnist.config import GROUPS, TrainConfig, flag
+from fastmnist.errors import ConfigError
+
+# The command line is a contract: a change here breaks somebody's script.
+# fmt: off
+TRAIN_FLAGS = [
+    "--amp", "--augment", "--batch-size", "--cache-dir", "--compile", "--config", "--data-dir", "--dataset",
+    "--debug", "--device", "--epochs", "--json", "--label-smoothing", "--learning-rate", "--log-every", "--model",
+    "--momentum", "--no-augment", "--no-quiet", "--no-tensorboard", "--optimizer", "--out", "--placement",
+    "--prefetch", "--quiet", "--resume", "--rotation", "--scale", "--seed", "--shift", "--stem", "--tensorboard",
+    "--threads", "--val-size", "--verify", "--warmup", "--weight-decay",
+]
+# fmt: on
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        build_parser().parse_args([command, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_flags_of_train_are_these(capsys: pytest.CaptureFixture[str]) -> None:
+    words = help_of("train", capsys).replace(",", " ").replace("[", " ").replace("]", " ").split()
+    found = {word for word in words if word.startswith("--")} - {"--help", "--print-config", "--print-shtab"}
+    assert sorted(found) == sorted(TRAIN_FLAGS)
+
+
+@pytest.mark.parametrize("command", ["compile", "verify", "train", "evaluate", "predict"])
+def test_every_flag_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_of(command, capsys).splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("  -"):
+            described = len(line.split("  ")) > 2 or lines[number + 1].startswith(" " * 20)
+            assert described, line
+
+
+def test_groups_hold_every_setting_once() -> None:
+    named = [field.name for group in GROUPS for field in fields(group)]
+    assert sorted(named) == sorted(field.name for field in fields(TrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("val_size", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("momentum", 1.0),
+        ("warmup", 1.5),
+        ("label_smoothing", -0.1),
+        ("shift", -1.0),
+        ("scale", 1.0),
+        ("seed", -1),
+        ("log_every", 0),
+        ("weight_decay", float("nan")),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_its_flag(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{flag(name)} {value}: must be"):
+        TrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_config_file_sets_what_the_flags_set(tmp_path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("epochs: 7\nstem: cifar\naugment: false\n")
+    parsed = build_parser().parse_args(["train", "--config", str(file), "--epochs", "8", "--tensorboard"]).train
+    assert (parsed.epochs, parsed.stem, parsed.augment, parsed.tensorboard) == (8, "cifar", False, True)

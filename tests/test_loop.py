@@ -1,0 +1,251 @@
+"""The training loop: its schedule, its determinism, its clocks and its errors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastmnist.config import TrainConfig
+from fastmnist.data.beton import Beton
+from fastmnist.data.loader import Loader
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.training.evaluate import StopRequested, evaluate_model
+from fastmnist.training.loop import Trainer, one_cycle
+from fastmnist.training.model import build_model
+from fastmnist.training.precision import Precision
+
+FLOAT32 = Precision(None, "a test")
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory, write_small_beton) -> Path:
+    path = tmp_path_factory.mktemp("loop") / "a.beton"
+    write_small_beton(path, 100)
+    return path
+
+
+def trainer(path: Path, model: nn.Module | None = None, precision: Precision = FLOAT32, **settings) -> Trainer:
+    config = TrainConfig(**({"epochs": 2, "batch_size": 16, "log_every": 2} | settings))
+    torch.manual_seed(config.seed)
+    loader = Loader(path, config.batch_size, seed=config.seed, device="cpu", drop_last=True)
+    return Trainer(model or build_model("small-cnn"), loader, config, precision)
+
+
+def weights(of: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in of.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_equals_a_plain_loop(beton: Path, optimizer: str) -> None:
+    """The same batches through a loop as a notebook has it: torch's own optimizer, OneCycleLR, no extras."""
+    ours = trainer(beton, optimizer=optimizer, augment=False, label_smoothing=0.1)
+    torch.manual_seed(0)
+    model = build_model("small-cnn")
+    peak = 0.1 if optimizer == "sgd" else 0.003
+    plain: torch.optim.Optimizer
+    if optimizer == "sgd":
+        plain = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    else:
+        plain = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.999), weight_decay=5e-4)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(plain, peak, total_steps=13, cycle_momentum=False)
+    mean, std = (np.float32(m[0]) for m in Beton(beton).moments)
+    for images, labels in [batch for epoch in range(2) for batch in list(ours.loader)]:
+        loss = nn.functional.cross_entropy(model((images.float() / 255 - mean) / std), labels, label_smoothing=0.1)
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+        cycle.step()
+    ours.loader.set_epoch(0)
+    records = [ours.run_epoch() for _ in range(2)]
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor.float(), ours.model.state_dict()[name].float(), rtol=1e-3, atol=1e-4), name
+    assert ours.step == 12
+    assert records[1] is not None
+    assert records[1]["step"] == 12
+
+
+@pytest.mark.parametrize("warmup", [0.01, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_any_number_of_steps_has_a_schedule(steps: int, warmup: float) -> None:
+    rates = one_cycle(steps, 0.4, warmup)
+    assert len(rates) == steps
+    assert all(0 < rate <= 0.4 + 1e-9 for rate in rates)
+
+
+def test_one_cycle_rises_to_its_peak_and_falls() -> None:
+    rates = one_cycle(50, 0.4, 0.2)
+    assert max(rates) == pytest.approx(0.4, rel=0.01)
+    assert np.argmax(rates) == pytest.approx(0.2 * 50, abs=1)
+    assert rates[0] == pytest.approx(0.4 / 25)
+    assert rates == sorted(rates[: np.argmax(rates)]) + sorted(rates[np.argmax(rates) :], reverse=True)
+
+
+def test_the_same_seed_gives_the_same_bits(beton: Path) -> None:
+    first, second, other = trainer(beton), trainer(beton), trainer(beton, seed=1)
+    for each in (first, second, other):
+        each.run_epoch()
+    assert same(weights(first), weights(second))
+    assert not same(weights(first), weights(other))
+
+
+def test_warming_up_leaves_no_trace(beton: Path) -> None:
+    warm, cold = trainer(beton), trainer(beton)
+    warm.warm_up()
+    assert warm.step == 0
+    assert all(p.grad is None for p in warm.model.parameters())
+    assert same(weights(warm), weights(cold))
+    for each in (warm, cold):
+        each.run_epoch()
+    assert same(weights(warm), weights(cold))
+
+
+@pytest.mark.parametrize("at", [1, 3, 6, 8, 11])
+def test_state_goes_on_bit_for_bit(beton: Path, at: int) -> None:
+    def begin() -> Trainer:
+        torch.manual_seed(5)
+        return trainer(beton, model=nn.Sequential(nn.Dropout(0.3), build_model("small-cnn")))
+
+    whole = begin()
+    for _ in range(2):
+        whole.run_epoch()
+
+    first = begin()
+    while first.step < at:
+        first.run_epoch(stop=lambda: first.step == at)
+    state = first.state_dict()
+    second = begin()
+    torch.manual_seed(99)
+    second.load_state_dict(state)
+    while second.loader.epoch < 2:
+        second.run_epoch()
+    assert second.step == whole.step
+    assert same(weights(second), weights(whole))
+
+
+def test_records_tell_the_truth(beton: Path) -> None:
+    each = trainer(beton, augment=False)
+    logged, seen = [], []
+    inner = each.compute
+
+    def spy(images, labels, transforms):
+        loss, right = inner(images, labels, transforms)
+        seen.append((float(loss.detach()), float(right) / len(labels)))
+        return loss, right
+
+    each.compute = spy
+    record = each.run_epoch(on_log=logged.append)
+    assert record is not None
+    assert [r["step"] for r in logged] == [2, 4, 6]
+    for r, start in zip(logged, (0, 2, 4), strict=True):
+        assert r["loss"] == pytest.approx(np.mean([loss for loss, _ in seen[start : start + 2]]))
+        assert r["accuracy"] == pytest.approx(np.mean([a for _, a in seen[start : start + 2]]))
+        assert r["learning_rate"] == each.rates[r["step"] - 1]
+    assert record["train_loss"] == pytest.approx(np.mean([loss for loss, _ in seen]))
+    assert record["images_per_second"] == pytest.approx(6 * 16 / record["seconds"])
+
+
+@pytest.mark.parametrize("bad_step", [0, 3, 5])
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate(beton: Path, bad_step: int) -> None:
+    each = trainer(beton)
+    inner, calls = each.compute, iter(range(100))
+
+    def spoil(images, labels, transforms):
+        loss, right = inner(images, labels, transforms)
+        return (loss * float("nan") if next(calls) == bad_step else loss), right
+
+    each.compute = spoil
+    with pytest.raises(FastmnistError) as caught:
+        each.run_epoch()
+    text = str(caught.value)
+    assert f"nan at step {bad_step + 1} of 12" in text
+    assert f"learning rate {each.rates[bad_step]:.3g}" in text
+    assert "--learning-rate" in text
+
+
+@pytest.mark.parametrize(("fits", "advice"), [(5, "--batch-size 4"), (0, "no batch fits")])
+def test_a_batch_too_large_names_one_that_fits(beton: Path, fits: int, advice: str) -> None:
+    each = trainer(beton)
+    inner = each.compute
+
+    def small_memory(images, labels, transforms):
+        if len(labels) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(images, labels, transforms)
+
+    each.compute = small_memory
+    before = weights(each)
+    with pytest.raises(ConfigError, match=advice):
+        each.warm_up()
+    assert same(before, weights(each))
+
+
+def test_mixed_precision_trains_in_bfloat16(beton: Path) -> None:
+    each = trainer(beton, precision=Precision(torch.bfloat16, "a test"))
+    seen = []
+    each.model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    record = each.run_epoch()
+    assert record is not None
+    assert set(seen) == {torch.bfloat16}
+    assert np.isfinite(record["train_loss"])
+
+
+def test_images_reach_the_model_normalised_and_channels_last(beton: Path) -> None:
+    each = trainer(beton, augment=False)
+    seen = []
+    each.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    each.run_epoch()
+    everything = torch.cat(seen)
+    assert everything.dtype == torch.float32
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert abs(float(everything.mean())) < 0.05
+    assert abs(float(everything.std()) - 1) < 0.05
+
+
+def test_evaluation_equals_a_plain_loop_and_can_be_stopped(beton: Path) -> None:
+    model = build_model("small-cnn").train()
+    loader = Loader(beton, 32, shuffle=False, device="cpu")
+    mean, std = loader.file.moments
+    result = evaluate_model(model, loader, mean, std)
+    images = torch.from_numpy(loader.file.images(np.arange(100))).permute(0, 3, 1, 2).float()
+    model.eval()
+    with torch.no_grad():
+        logits = model((images / 255 - mean[0]) / std[0])
+    expected = logits.argmax(1).numpy()
+    assert np.allclose(result.probabilities, logits.softmax(1).numpy(), atol=1e-4)
+    assert result.accuracy == pytest.approx((expected == loader.file.labels).mean())
+    assert result.loss == pytest.approx(
+        float(nn.functional.cross_entropy(logits, torch.from_numpy(loader.file.labels))), abs=1e-3
+    )
+    confusion = np.zeros((10, 10), np.int64)
+    np.add.at(confusion, (loader.file.labels, expected), 1)
+    assert np.array_equal(result.confusion(), confusion)
+    model.train()
+    with pytest.raises(StopRequested):
+        evaluate_model(model, loader, mean, std, stop=lambda: True)
+    assert model.training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["off", "cudagraphs", "reduce-overhead"])
+def test_on_a_gpu_every_mode_learns_the_same(beton: Path, dtype: torch.dtype | None, mode: str) -> None:
+    def run(device: str, precision: Precision, compiled: str) -> list[float]:
+        config = TrainConfig(epochs=2, batch_size=16)
+        torch.manual_seed(0)
+        loader = Loader(beton, 16, device=device, drop_last=True)
+        model = build_model("small-cnn").to(device, memory_format=torch.channels_last)
+        each = Trainer(model, loader, config, precision)
+        if compiled != "off":
+            how = {"backend": compiled} if compiled == "cudagraphs" else {"mode": compiled}
+            each.compute = torch.compile(each.forward, **how)
+        each.warm_up()
+        return [record["train_loss"] for record in (each.run_epoch(), each.run_epoch()) if record]
+
+    tolerance = 1e-2 if dtype is None else 0.1
+    assert run("cuda", Precision(dtype, ""), mode) == pytest.approx(run("cpu", FLOAT32, "off"), rel=tolerance)

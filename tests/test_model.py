@@ -1,0 +1,80 @@
+"""The models, against torchvision's."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from fastmnist.errors import ConfigError
+from fastmnist.training.model import build_model, count_parameters, resnet18
+
+STEMS = ("imagenet", "stride2", "cifar")
+
+
+def reference(in_channels: int, num_classes: int) -> nn.Module:
+    """torchvision's own resnet18 with a stem for `in_channels`."""
+    model = torchvision.models.resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+    return model
+
+
+def test_imagenet_stem_has_the_published_number_of_parameters() -> None:
+    assert count_parameters(resnet18("imagenet")) == 11_175_370
+
+
+@pytest.mark.parametrize(("in_channels", "num_classes", "size"), [(1, 10, 28), (3, 47, 32), (1, 62, 17)])
+def test_weights_load_into_torchvision_and_give_the_same_logits(in_channels: int, num_classes: int, size: int) -> None:
+    torch.manual_seed(1)
+    ours = resnet18("imagenet", num_classes, in_channels)
+    images = torch.randn(8, in_channels, size, size)
+    ours.train()(images)  # running statistics that are not those of a fresh network
+    theirs = reference(in_channels, num_classes)
+    theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("size", [(16, 16), (28, 28), (33, 20)])
+def test_any_size_from_16_gives_finite_logits(stem, size: tuple[int, int]) -> None:
+    logits = build_model("resnet18", stem=stem, num_classes=7, image_size=size)(torch.randn(4, 1, *size))
+    assert logits.shape == (4, 7)
+    assert torch.isfinite(logits).all()
+
+
+def test_stems_see_what_they_are_named_for() -> None:
+    first = {stem: resnet18(stem) for stem in STEMS}
+    image = torch.randn(1, 1, 28, 28)
+    seen = {stem: tuple(m.maxpool(m.conv1(image)).shape[2:]) for stem, m in first.items()}
+    assert seen == {"imagenet": (7, 7), "stride2": (14, 14), "cifar": (28, 28)}
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5"])
+def test_other_models_take_grey_images(name: str) -> None:
+    model = build_model(name, num_classes=10, image_size=(28, 28)).train()
+    logits = model(torch.randn(4, 1, 28, 28))
+    assert logits.shape == (4, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_trying_a_model_leaves_its_statistics_fresh() -> None:
+    model = build_model("torchvision:shufflenet_v2_x0_5")
+    means = [m.running_mean for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert means
+    assert all(not mean.any() for mean in means if mean is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("resnet19", (28, 28), "resnet18, small-cnn, torchvision"),
+        ("torchvision:nonsense", (28, 28), "torchvision:nonsense"),
+        ("torchvision:vgg11", (28, 28), "cannot take images of 28x28"),
+        ("torchvision:vit_b_16", (28, 28), "cannot take images of 28x28"),
+        ("resnet18", (15, 28), "at least 16x16"),
+    ],
+)
+def test_what_cannot_work_is_named(name: str, size: tuple[int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(name, image_size=size)

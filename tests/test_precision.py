@@ -1,0 +1,56 @@
+"""What is chosen for a device, with the GPU's answers put in its mouth where there is none."""
+
+import pytest
+import torch
+
+from fastmnist.errors import ConfigError
+from fastmnist.training.precision import choose_compile, choose_device, choose_precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "scaled"),
+    [((7, 0), torch.float16, True), ((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, False)],
+)
+def test_auto_takes_bf16_only_from_capability_8(monkeypatch, capability, dtype, scaled) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    # A T4 claims bfloat16 through emulation: the answer must not be asked for.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    chosen = choose_precision("auto", CUDA)
+    assert (chosen.amp, chosen.scaled) == (dtype, scaled)
+    assert f"{capability[0]}.{capability[1]}" in chosen.reason
+
+
+def test_auto_on_a_cpu_is_float32() -> None:
+    assert choose_precision("auto", CPU).name == "off"
+    assert choose_precision("bf16", CPU).amp == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda: choose_precision("fp16", CPU), "--amp fp16 needs a GPU"),
+        (lambda: choose_compile("cudagraphs", CPU, 0), "--compile cudagraphs"),
+        (lambda: choose_compile("reduce-overhead", CPU, 0), "needs a GPU"),
+        (lambda: choose_device("nonsense"), "--device nonsense"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(choose, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: asking for one works")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cuda cannot be used here"):
+        choose_device("cuda")
+
+
+def test_auto_compiles_only_what_runs_long_enough() -> None:
+    assert choose_compile("auto", CPU, 1e6)[0] == "off"
+    short, long = choose_compile("auto", CUDA, 10.0), choose_compile("auto", CUDA, 3600.0)
+    assert (short[0], long[0]) == ("off", "default")
+    assert "10 s" in short[1]
+    assert "3600 s" in long[1]
+    assert choose_compile("max-autotune", CPU, 0.0) == ("max-autotune", "asked for")
