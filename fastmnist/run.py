@@ -179,10 +179,11 @@ class _Run:
     def _announce(self) -> None:
         trainer, config = self.trainer, self.config
         held_out = f" ({config.val_size:,} held out for validation)" if config.val_size else ""
+        epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
         self.reporter.say(
-            f"{config.dataset}: {len(self.files.train):,} training images{held_out}, "
-            f"{len(self.files.test):,} test images; {config.model}, {count_parameters(trainer.model):,} parameters; "
-            f"{config.epochs} epoch{'s' * (config.epochs != 1)} of {len(trainer.loader)} steps of {config.batch_size} images on {trainer.device}"
+            f"{config.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
+            f"images; {config.model}, {count_parameters(trainer.model):,} parameters; {epochs} of "
+            f"{len(trainer.loader)} steps of {config.batch_size} images on {trainer.device}"
         )
         self.reporter.say(f"mixed precision {self.precision.name}: {self.precision.reason}")
 
