@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastmnist.data.beton import Beton
-from fastmnist.data.kernels import channel_constants, normalise
+from fastmnist.data.kernels import Normaliser
 from fastmnist.data.loader import Loader
 from fastmnist.data.picture import read_picture
 from fastmnist.data.prepare import prepare
@@ -87,6 +87,6 @@ def predict(run: str | Path, pictures: Sequence[str | Path]) -> list[Prediction]
     paths = [Path(picture) for picture in pictures]
     images = np.stack([read_picture(path, height) for path in paths])
     batch = torch.from_numpy(images).view(-1, 1, height, width)
-    values = normalise(batch, channel_constants(card.mean), channel_constants(card.std), torch.float32)
+    values = Normaliser(card.mean, card.std)(batch)
     probabilities = model(values).softmax(1).numpy()
     return [Prediction(path, card.class_names, row) for path, row in zip(paths, probabilities, strict=True)]

@@ -159,6 +159,7 @@ class _Run:
             raise
         finally:
             self.loaders.close()
+            self.files.close()
 
     def _make_model(self, device: torch.device) -> nn.Module:
         shape = self.files.train.image_shape

@@ -31,6 +31,10 @@ class RunFiles:
     test: Beton
     note: str
 
+    def close(self) -> None:
+        self.train.close()
+        self.test.close()
+
 
 @dataclass(frozen=True)
 class RunLoaders:

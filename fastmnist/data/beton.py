@@ -27,6 +27,7 @@ from fastmnist.errors import DataError
 
 FORMAT_VERSION = 2
 MAX_FIELDS = 64
+LONGEST_SIDE = 2**16 - 1  # of an image, and most channels
 TYPE_NAMES = {0: "FloatField", 1: "IntField", 2: "RGBImageField", 3: "BytesField", 4: "NDArrayField"}
 TYPE_NAMES |= {5: "JSONField", 6: "TorchTensorField", 255: "a custom field"}
 INT_FIELD, NDARRAY_FIELD = 1, 4
@@ -216,6 +217,7 @@ class Beton:
                 f"sample {sample} lies at byte {self.offsets[sample]}, outside {first}..{last}",
             )
         self._check_labels()
+        self.closed = False
         self.data: np.ndarray = np.memmap(file, np.uint8, mode="r")
 
     def _take(self, file: BinaryIO, dtype: np.dtype[Any], count: int, what: str) -> np.ndarray:
@@ -237,7 +239,7 @@ class Beton:
             )
         image, label = fields[types.index(NDARRAY_FIELD)], fields[types.index(INT_FIELD)]
         dtype, shape = self._image_type(image["arguments"].tobytes())
-        if dtype != "|u1" or len(shape) not in (2, 3) or not all(0 < n < 2**16 for n in shape):
+        if dtype != "|u1" or len(shape) not in (2, 3) or not all(0 < n <= LONGEST_SIDE for n in shape):
             raise DataError(f"{self.path}: its images are {shape} of {dtype}; fastmnist reads (H, W[, C]) uint8")
         self.image_shape = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
         self.image_size = int(np.prod(self.image_shape))
@@ -250,7 +252,7 @@ class Beton:
         start, length = NDARRAY_ARGUMENTS.itemsize, int(head["type_length"])
         try:
             [(_, dtype)] = json.loads(arguments[start : start + length])
-        except ValueError:
+        except (ValueError, TypeError):
             raise damaged(self.path, "the description of its images cannot be read") from None
         return str(dtype), tuple(int(n) for n in np.trim_zeros(head["shape"], "b"))
 
@@ -291,6 +293,7 @@ class Beton:
         Raises:
             DataError: naming the part that differs: a page by number and bytes, or the head, gap or table.
         """
+        self.check_open()
         data = self.data
         table = data[self._table_start :].view(ALLOCATION)
         block = self.integrity
@@ -341,6 +344,7 @@ class Beton:
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """Copies of the images at `indices` (n,) int: (n, H, W, C) uint8. For looking; batches come from Loader."""
+        self.check_open()
         size = self.image_size
         picked = [self.data[at : at + size] for at in self.offsets[indices]]
         return np.array(picked, np.uint8).reshape(-1, *self.image_shape)
@@ -350,7 +354,13 @@ class Beton:
 
     def close(self) -> None:
         """Lets go of the mapping; arrays taken from `data` keep it alive until they are gone."""
+        self.closed = True
         self.data = np.empty(0, np.uint8)
+
+    def check_open(self) -> None:
+        """Raises RuntimeError when the file was closed: the kernels do not look where they read."""
+        if self.closed:
+            raise RuntimeError(f"{self.path} was closed; open it again")
 
     def __enter__(self) -> Beton:
         return self

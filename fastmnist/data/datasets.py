@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +44,14 @@ class Dataset:
 
     files: for each split the names of the image and the label file, without .gz. first_label: the number that stands
     for the first class in the label file. transposed: images lie on their side in the file and are put upright.
+    torchvision_options: for each of the calls that it takes to download all files.
     """
 
     name: str
     class_names: tuple[str, ...]
     torchvision: str
     files: dict[str, tuple[str, str]]
-    torchvision_options: dict[str, str] = field(default_factory=dict)
+    torchvision_options: tuple[dict[str, str], ...] = ({},)
     first_label: int = 0
     transposed: bool = False
 
@@ -69,7 +70,7 @@ def _emnist(split: str, class_names: tuple[str, ...]) -> Dataset:
         for part in SPLITS
     }
     first = 1 if split == "letters" else 0
-    return Dataset(f"emnist-{split}", class_names, "EMNIST", files, {"split": split}, first, transposed=True)
+    return Dataset(f"emnist-{split}", class_names, "EMNIST", files, ({"split": split},), first, transposed=True)
 
 
 _QMNIST_FILES = {part: (f"qmnist-{part}-images-idx3-ubyte", f"qmnist-{part}-labels-idx2-int") for part in SPLITS}
@@ -80,7 +81,7 @@ DATASETS = {
         _plain("mnist", DIGITS, "MNIST"),
         _plain("fashion", FASHION, "FashionMNIST"),
         _plain("kmnist", KUZUSHIJI, "KMNIST"),
-        Dataset("qmnist", DIGITS, "QMNIST", _QMNIST_FILES),
+        Dataset("qmnist", DIGITS, "QMNIST", _QMNIST_FILES, ({"what": "train"}, {"what": "test"})),
         _emnist("byclass", DIGITS + LETTERS + tuple(string.ascii_lowercase)),
         _emnist("bymerge", MERGED),
         _emnist("balanced", MERGED),
@@ -202,13 +203,14 @@ def download(name: str, folder: Path) -> Path:
 
     dataset = DATASETS[check_name(name)]
     found = folder_of(name, folder)
-    if found is not None:
-        return found
+    if found is not None and all(_find(found, stem) for names in dataset.files.values() for stem in names):
+        return found  # anything less is what an interrupted download left
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        getattr(datasets, dataset.torchvision)(str(folder), download=True, **dataset.torchvision_options)
+        for options in dataset.torchvision_options:
+            getattr(datasets, dataset.torchvision)(str(folder), download=True, **options)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise DataError(

@@ -6,6 +6,7 @@ Four bytes of magic (two zeros, the type, the number of dimensions), one big-end
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from fastmnist.errors import DataError
 
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_DIMENSIONS = 8
+LARGEST_READ = 1 << 24  # bytes
 
 
 class IdxFile:
@@ -44,12 +46,12 @@ class IdxFile:
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Arrays of `rows` entries along the first dimension, the last one of what is left."""
-        row_size = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        row_size = self.dtype.itemsize * math.prod(self.shape[1:])
         with self._open() as file:
             self._read_header(file)
             for start in range(0, self.shape[0], rows):
                 count = min(rows, self.shape[0] - start)
-                content = file.read(count * row_size)
+                content = _take(file, count * row_size)
                 if len(content) != count * row_size:
                     found = start * row_size + len(content)
                     raise DataError(
@@ -64,8 +66,8 @@ class IdxFile:
                 )
 
     def read(self) -> np.ndarray:
-        """All values at once."""
-        return next(self.blocks(max(1, self.shape[0])), np.empty(self.shape, self.dtype))
+        """All values at once, checked to the file's end."""
+        return np.concatenate(list(self.blocks(self.shape[0])))
 
     def checksum(self) -> str:
         """Identifies the file's bytes as they lie on disk: CRC-32 and size."""
@@ -96,6 +98,15 @@ class IdxFile:
         if not all(shape):
             raise DataError(f"{self.path}: its header announces the empty shape {shape}; fetch it again")
         return np.dtype(IDX_TYPES[magic[2]]), shape
+
+
+def _take(file: IO[bytes], size: int) -> bytes:
+    """`size` bytes or what is left; in parts, because a header that lies must not reserve memory."""
+    parts = []
+    while size > 0 and (part := file.read(min(size, LARGEST_READ))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,11 @@ import torch
 from fastmnist.data.beton import Beton, Verify
 from fastmnist.data.buffers import BufferPool
 from fastmnist.data.kernels import (
-    channel_constants,
+    Normaliser,
     gather,
     gather_float32,
     gather_looked_up,
     normalisation_table,
-    normalise,
 )
 from fastmnist.data.order import epoch_order
 from fastmnist.errors import ConfigError, DataError
@@ -93,7 +93,9 @@ class Loader:
             raise ConfigError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES)}")
         if placement not in ("auto", "resident", "stream") or order not in ("auto", "random", "sequential"):
             raise ConfigError(f"no such placement or order: {placement!r}, {order!r}")
+        self._owns_file = not isinstance(data, Beton)
         self.file = data if isinstance(data, Beton) else Beton(data, verify)
+        self.file.check_open()
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.order = order if order != "auto" else ("random" if shuffle else "sequential")
         self.device = _device(device)
@@ -110,7 +112,10 @@ class Loader:
     def _checked_indices(self, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
         if indices is None:
             return np.arange(len(self.file))
-        chosen = np.asarray(indices, np.int64)
+        chosen = np.array(indices)  # a copy: the kernels rely on what is checked here
+        if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
+            raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask say np.flatnonzero(mask)")
+        chosen = chosen.astype(np.int64)
         if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(self.file):
             raise ConfigError(
                 f"indices must be a list of at least one sample, each 0 to {len(self.file) - 1}; "
@@ -130,8 +135,7 @@ class Loader:
 
     def _prepare(self, reuse: bool) -> None:
         file, size = self.file, self.file.image_size
-        mean, std = file.moments
-        self._moments = channel_constants(mean, self.device), channel_constants(std, self.device)
+        self._normalise = Normaliser(*file.moments, self.device)
         self._on_device = self.placement == "resident" and self.device.type != "cpu"
         self._data, self._offsets, self._labels = np.asarray(file.data), file.offsets, file.labels
         self._rows = self.indices  # what the order permutes: rows of _data
@@ -160,10 +164,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self._check_open()
         epoch, batch = self._next
-        self._state, self._next = self._next, (epoch + 1, 0)
+        self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
+        self._next = (epoch + 1, 0)
         return self._epoch(epoch, batch)
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Batch]:
+        self._check_open()
         order = self._order(epoch, self._rows)
         size = self.batch_size
         parts = (order[k * size : (k + 1) * size] for k in range(first, len(self)))
@@ -220,7 +226,7 @@ class Loader:
 
     def _finish(self, images: torch.Tensor) -> torch.Tensor:
         """Normalises on the device where a float type was asked for."""
-        return images if self.dtype == torch.uint8 else normalise(images, *self._moments, self.dtype)
+        return images if self.dtype == torch.uint8 else self._normalise(images, self.dtype)
 
     def _device_batches(self, order: np.ndarray, first: int) -> Iterator[Batch]:
         on_device = torch.from_numpy(np.ascontiguousarray(order)).to(self.device)
@@ -281,6 +287,7 @@ class Loader:
             "batch_size": self.batch_size,
             "drop_last": self.drop_last,
             "samples": len(self.indices),
+            "indices": f"{zlib.crc32(self.indices.tobytes()):08x}",
             "file": self.file.fingerprint,
         }
 
@@ -298,20 +305,31 @@ class Loader:
                     f"the loader's state was taken with {key} {state.get(key)}, this loader has {here}; "
                     f"open {self.file.path} with the settings of then, or begin anew"
                 )
-        self._next = self._state = (int(state["epoch"]), int(state["batch"]))
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch < max(len(self), 1)):
+            raise DataError(
+                f"the loader's state names batch {batch} of epoch {epoch}; an epoch has {len(self)} batches"
+            )
+        self._next = self._state = (epoch, batch)
 
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(f"the loader of {self.file.path} is closed; make a new one")
+        self.file.check_open()
 
     def close(self) -> None:
-        """Ends the helper threads and lets go of the memory; batches that are held stay valid."""
+        """Ends the helper threads, lets go of the memory, closes the file if it was opened here.
+
+        Batches that are held stay valid.
+        """
         self._closed = True
         if self._workers is not None:
             self._workers.shutdown()
             self._workers = None
         self._data = np.empty(0, np.uint8)
-        self.file.close()
+        self._device_images = self._device_labels = torch.empty(0)
+        if self._owns_file:
+            self.file.close()
 
     def __enter__(self) -> Loader:
         return self

@@ -138,7 +138,7 @@ def prepare(
             raise DataError(f"{folder}: no such folder; --data-dir names one that holds the files of {name}")
         if datasets.folder_of(name, folder) is None:
             return _compiled_in(name, folder)
-    elif name != FALLBACK and compiled_path(name, "train", cache).exists():
+    elif name != FALLBACK and all(compiled_path(name, split, cache).exists() for split in datasets.SPLITS):
         return _compiled_in(name, cache)
     note = ""
     if folder is None and name != FALLBACK:

@@ -19,6 +19,7 @@ from fastmnist.data.beton import (
     HEADER,
     INT_FIELD,
     INTEGRITY_MAGIC,
+    LONGEST_SIDE,
     MARKER,
     NDARRAY_ARGUMENTS,
     NDARRAY_FIELD,
@@ -81,7 +82,8 @@ def write_beton(
         progress: called with (samples written, N) after each page.
 
     Raises:
-        DataError: images and labels do not fit together, a label is out of range, or the file cannot be written.
+        DataError: images and labels do not fit together, a label is out of range, or a stream breaks its promise.
+        FastmnistError: the file cannot be written.
     """
     path = Path(path)
     stream = ArrayStream(images) if isinstance(images, np.ndarray) else images
@@ -127,7 +129,7 @@ def write_beton(
         sums, checksums = Moments(channels), []
         page = np.zeros(page_size, np.uint8)
         done = 0
-        for block in stream.blocks(per_page):
+        for block in _checked_blocks(stream, per_page, path):
             used = block.size
             page[:used] = block.reshape(-1)
             page[used:] = 0
@@ -137,8 +139,6 @@ def write_beton(
             done += len(block)
             if progress is not None:
                 progress(done, count)
-        if done != count:
-            raise DataError(f"{path}: the source gave {done} images where it announced {count}")
         file.write(table)
         mean, std = sums.result()
         integrity = replace(
@@ -158,8 +158,11 @@ def write_beton(
 
 def _checked_labels(stream: ImageStream, labels: np.ndarray, class_names: Sequence[str], path: Path) -> np.ndarray:
     labels = np.asarray(labels)
-    if len(stream.shape) not in (3, 4) or not all(stream.shape):
-        raise DataError(f"{path}: images have shape {stream.shape}; (N, H, W) or (N, H, W, C) is needed, none 0")
+    if len(stream.shape) not in (3, 4) or not all(stream.shape) or max(stream.shape[1:]) > LONGEST_SIDE:
+        raise DataError(
+            f"{path}: images have shape {stream.shape}; (N, H, W) or (N, H, W, C) is needed, none 0, the last ones at "
+            f"most {LONGEST_SIDE}"
+        )
     if isinstance(stream, ArrayStream) and stream.images.dtype != np.uint8:
         raise DataError(f"{path}: images are {stream.images.dtype}; uint8 is needed")
     if labels.shape != stream.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -174,6 +177,25 @@ def _checked_labels(stream: ImageStream, labels: np.ndarray, class_names: Sequen
         wanted = f"0 to {upper - 1}" if class_names else "0 or more"
         raise DataError(f"{path}: label {labels[at]} of sample {at} is out of range; {wanted} is needed")
     return labels.astype(np.int64)
+
+
+def _checked_blocks(stream: ImageStream, rows: int, path: Path) -> Iterator[np.ndarray]:
+    """The stream's blocks, each held against what the stream announced."""
+    count, done = stream.shape[0], 0
+    blocks = iter(stream.blocks(rows))
+    while True:
+        try:
+            block = next(blocks, None)
+        except OSError as error:  # here, or it would read as an error in writing
+            raise DataError(f"{path}: its source cannot be read: {error.strerror or error}") from error
+        expected = (min(rows, count - done), *stream.shape[1:])
+        if block is None and done == count:
+            return
+        if block is None or block.dtype != np.uint8 or block.shape != expected:
+            found = "nothing" if block is None else f"{block.shape} {block.dtype}"
+            raise DataError(f"{path}: after {done} images its source gave {found} where {expected} uint8 was due")
+        done += len(block)
+        yield block
 
 
 def _head(

@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from torch.nn import functional
 
-from fastmnist.data.kernels import channel_constants, normalise
+from fastmnist.data.kernels import Normaliser
 from fastmnist.data.loader import Loader
 
 EVALUATION_BATCH = 500
@@ -67,14 +67,14 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     device = loader.device
-    offset, spread = channel_constants(mean, device), channel_constants(std, device)
+    normalise = Normaliser(mean, std, device)
     logits, labels = [], []
     try:
         for images, batch_labels in loader:
             if stop():
                 raise StopRequested
             with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                logits.append(model(normalise(images, offset, spread, torch.float32)).float())
+                logits.append(model(normalise(images)).float())
             labels.append(batch_labels.clone())
     finally:
         model.train(was_training)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fastmnist.config import TrainConfig
-from fastmnist.data.kernels import channel_constants, normalise
+from fastmnist.data.kernels import Normaliser
 from fastmnist.data.loader import Batch, Loader
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.training.augment import draw_transforms, warp
@@ -58,7 +58,7 @@ class Trainer:
         self.model, self.loader, self.config, self.precision = model, loader, config, precision
         self.device = loader.device
         self.epochs = config.epochs
-        self.mean, self.std = (channel_constants(values, self.device) for values in loader.file.moments)
+        self.normalise = Normaliser(*loader.file.moments, self.device)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
@@ -95,7 +95,7 @@ class Trainer:
         values = images.to(torch.float32)
         if transforms is not None:
             values = warp(values, transforms)
-        values = normalise(values, self.mean, self.std, torch.float32).to(memory_format=torch.channels_last)
+        values = self.normalise(values).to(memory_format=torch.channels_last)
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
             logits = self.model(values)
