@@ -1,0 +1,184 @@
+"""What the tests share: isolation from the user's files, optional parts that are skipped or required, small data.
+
+FASTMNIST_DATA names the folder with the real MNIST IDX files. FASTMNIST_REQUIRE is a comma-separated list of optional
+parts ("mnist", "ffcv", "gpu"): a test that needs one of them then fails where it would be skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+REAL_DATA = os.environ.get("FASTMNIST_DATA", "")
+REQUIRED = {part.strip() for part in os.environ.get("FASTMNIST_REQUIRE", "").split(",") if part.strip()}
+FFCV_MISSING = (
+    "ffcv cannot be imported: apt-get install libopencv-dev libturbojpeg0-dev pkg-config, "
+    "then pip install 'fastmnist[ffcv]'"
+)
+
+# No deadline: the first call of a numba function compiles it. The same examples in every run: no test fails by chance.
+hypothesis.settings.register_profile("fastmnist", deadline=None, max_examples=40, derandomize=True, database=None)
+hypothesis.settings.load_profile("fastmnist")
+
+Samples = tuple[np.ndarray, np.ndarray]
+
+
+def skip_or_fail(part: str, reason: str) -> None:
+    """Skips the test, or fails it when FASTMNIST_REQUIRE names the part that is missing."""
+    (pytest.fail if part in REQUIRED else pytest.skip)(reason)
+
+
+def ffcv_error() -> Exception | None:
+    """Why ffcv cannot be imported; None when it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module("ffcv")
+        except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+            return error
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("ffcv") and (error := ffcv_error()):
+        skip_or_fail("ffcv", f"{FFCV_MISSING} ({error})")
+    if item.get_closest_marker("gpu"):
+        torch = importlib.import_module("torch")
+        if not torch.cuda.is_available():
+            skip_or_fail("gpu", "PyTorch finds no CUDA device here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cache, nor takes data from the user's folder by accident."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("FASTMNIST_DATA", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def mnist_folder() -> Path:
+    """The folder with MNIST's own four IDX files."""
+    if not REAL_DATA:
+        skip_or_fail("mnist", "the real MNIST files are not here: set FASTMNIST_DATA to their folder")
+    return Path(REAL_DATA).resolve()
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes a new, empty folder at each call; unlike tmp_path it serves the many examples of one hypothesis test."""
+    base = tmp_path_factory.mktemp("scratch")
+    return lambda: Path(tempfile.mkdtemp(dir=base))
+
+
+@pytest.fixture(scope="session")
+def random_samples() -> Callable[..., Samples]:
+    """(count, shape, classes, seed) -> images (count, *shape) uint8, and labels (count,) int64."""
+
+    def make(count: int, shape: tuple[int, ...] = (28, 28), classes: int = 10, seed: int = 0) -> Samples:
+        random = np.random.default_rng(seed)
+        return random.integers(0, 256, (count, *shape), np.uint8), random.integers(0, classes, count)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_idx() -> Callable[[Path, np.ndarray], Path]:
+    """(path, array) -> path: the array as an IDX file, gzipped when the name ends in .gz."""
+    codes = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+
+    def write(path: Path, array: np.ndarray) -> Path:
+        kind = f"{array.dtype.kind}{array.dtype.itemsize}"
+        header = struct.pack(f">HBB{array.ndim}I", 0, codes[kind], array.ndim, *array.shape)
+        content = header + array.astype(f">{kind}").tobytes()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_dataset(
+    write_idx: Callable[[Path, np.ndarray], Path], random_samples: Callable[..., Samples]
+) -> Callable[..., dict[str, Samples]]:
+    """(folder, name, train, test, suffix, seed) -> {split: (images, labels)}: the IDX files of a small dataset.
+
+    Images and labels are returned as they stand in the files.
+    """
+
+    def write(
+        folder: Path, name: str = "mnist", train: int = 30, test: int = 20, suffix: str = "", seed: int = 0
+    ) -> dict[str, Samples]:
+        from fastmnist.data.datasets import DATASETS
+
+        dataset, written = DATASETS[name], {}
+        for split, count in (("train", train), ("test", test)):
+            images, labels = random_samples(count, classes=len(dataset.class_names), seed=seed + count)
+            labels = labels + dataset.first_label
+            columns = np.column_stack([labels] + [labels + k for k in range(1, 8)]).astype(np.int32)
+            for stem, array in zip(
+                dataset.files[split], (images, columns if name == "qmnist" else labels.astype(np.uint8)), strict=True
+            ):
+                write_idx(folder / f"{stem}{suffix}", array)
+            written[split] = images, labels
+        return written
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_small_beton(random_samples: Callable[..., Samples]) -> Callable[..., Samples]:
+    """(path, count, shape, classes, seed, options of write_beton) -> (images, labels) that were written."""
+
+    def write(
+        path: Path,
+        count: int = 50,
+        shape: tuple[int, ...] = (28, 28),
+        classes: int = 10,
+        seed: int = 0,
+        **options: Any,
+    ) -> Samples:
+        from fastmnist.data.writer import write_beton
+
+        images, labels = random_samples(count, shape, classes, seed)
+        write_beton(path, images, labels, **options)
+        return images, labels
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def in_a_new_process() -> Callable[..., str]:
+    """(script, arguments) -> what the script printed; it finds the arguments in sys.argv and must exit with 0."""
+
+    def run(script: str, *arguments: object) -> str:
+        command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Skipped tests name their reason by themselves (-ra); those that a mark leaves out do not."""
+    left_out = terminalreporter.stats.get("deselected", [])
+    slow = sum(item.get_closest_marker("slow") is not None for item in left_out)
+    if slow:
+        terminalreporter.write_line(f"LEFT OUT [{slow}] slow tests, which take minutes: run them with pytest -m slow")
