@@ -109,7 +109,7 @@ class RunConfig:
     """auto, cpu, cuda, cuda:1 and so on."""
 
     amp: Amp = "auto"
-    """Mixed precision: bf16 from compute capability 8.0, fp16 with a gradient scaler below, off on a CPU."""
+    """Mixed precision: bf16 from compute capability 8.0 and on processors that have it, fp16 with a scaler below."""
 
     compile: Compile = "auto"
     """torch.compile: auto weighs its cost against the run's length."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,9 @@ from torch import nn
 from fastmnist.config import TrainConfig, flag
 from fastmnist.data.loader import Loader
 from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.interrupt import stop_on_ctrl_c
 from fastmnist.measure.environment import hardware, versions
+from fastmnist.report.events import summary_writer, tensorboard_events
 from fastmnist.report.progress import Reporter, duration
 from fastmnist.runfolder import RunFolder
 from fastmnist.session import make_loaders, open_files
@@ -129,6 +128,8 @@ class _Run:
         self.clocks = Clocks() if started is None else Clocks(started=started)
 
     def execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
+        if self.config.tensorboard:
+            summary_writer()  # says at once when it is not there
         with self.clocks.measure("data"):
             self.files, self.config = open_files(self.config, self.reporter.compiling)
         if self.files.note:
@@ -225,8 +226,8 @@ class _Run:
 
     def _train(self) -> TrainResult:
         with (
-            _stop_on_ctrl_c(self.reporter) as stop,
-            _events(self.folder.path, self.config.tensorboard) as events,
+            stop_on_ctrl_c(self.reporter.say) as stop,
+            tensorboard_events(self.folder.path, self.config.tensorboard) as events,
         ):
             self.events = events
             try:
@@ -294,7 +295,7 @@ class _Run:
     def _evaluate(self, loader: Loader, stop: Callable[[], bool]) -> Evaluation:
         with self.clocks.measure("evaluate"):
             mean, std = self.files.train.moments
-            return evaluate_model(self.trainer.model, loader, mean, std, amp=self.precision.amp, stop=stop)
+            return evaluate_model(self.trainer.model, loader, mean, std, stop=stop)
 
     def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
         trainer, config = self.trainer, self.config
@@ -368,36 +369,3 @@ class _Run:
             f"{summary['images_per_second']:,.0f} images/s; {duration(summary['total_seconds'])} in all."
         )
         self.reporter.result(f"{path / 'report.html'} shows it.")
-
-
-@contextmanager
-def _stop_on_ctrl_c(reporter: Reporter) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks the loop to stop at the next step's end; the second one breaks off."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # only the main thread may set signal handlers
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        reporter.say("Stopping after this step and saving; press Ctrl-C again to break off.")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _events(folder: Path, wanted: bool) -> Iterator[Any]:
-    """TensorBoard's writer, or None."""
-    if not wanted:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-        yield writer

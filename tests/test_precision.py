@@ -1,9 +1,13 @@
 """What is chosen for a device, with the GPU's answers put in its mouth where there is none."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastmnist.errors import ConfigError
+from fastmnist.training import precision
 from fastmnist.training.precision import choose_compile, choose_device, choose_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -22,9 +26,19 @@ def test_auto_takes_bf16_only_from_capability_8(monkeypatch, capability, dtype, 
     assert f"{capability[0]}.{capability[1]}" in chosen.reason
 
 
-def test_auto_on_a_cpu_is_float32() -> None:
-    assert choose_precision("auto", CPU).name == "off"
+@pytest.mark.parametrize(
+    ("flags", "name"), [({"avx512f"}, "off"), ({"avx512f", "avx512_bf16"}, "bf16"), (set(), "off")]
+)
+def test_auto_on_a_cpu_takes_bf16_only_where_the_processor_has_it(monkeypatch, flags, name) -> None:
+    monkeypatch.setattr(precision, "processor_flags", lambda: flags)
+    assert choose_precision("auto", CPU).name == name
+    assert choose_precision("off", CPU).amp is None
     assert choose_precision("bf16", CPU).amp == torch.bfloat16
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux alone lists its processor's flags there")
+def test_the_processor_s_flags_are_found() -> None:
+    assert precision.processor_flags() >= ({"fpu", "sse2"} if platform.machine() == "x86_64" else set())
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ def evaluate_model(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     *,
-    amp: torch.dtype | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Runs the model in evaluation mode over one epoch of a loader that gives uint8 images in the file's order.
 
-    mean, std: per channel, of the data that the model was trained on. amp: autocast dtype, None for float32.
+    Always in float32, so that a run's accuracy is what its saved weights give anywhere.
+    mean, std: per channel, of the data that the model was trained on.
 
     Raises:
         StopRequested: `stop` became true; it is asked before each batch.
@@ -73,8 +73,7 @@ def evaluate_model(
         for images, batch_labels in loader:
             if stop():
                 raise StopRequested
-            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                logits.append(model(normalise(images)).float())
+            logits.append(model(normalise(images)))
             labels.append(batch_labels.clone())
     finally:
         model.train(was_training)
