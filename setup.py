@@ -22,10 +22,11 @@ setup(
     license="GPL-3.0-only",
     python_requires=">=3.10",
     packages=find_packages(include=["fastmnist", "fastmnist.*"]),
-    package_data={"fastmnist.report": ["*.jinja"]},
+    package_data={"fastmnist": ["py.typed"], "fastmnist.report": ["*.jinja"]},
     entry_points={"console_scripts": ["fastmnist = fastmnist.cli:main"]},
     install_requires=[
         "jinja2>=3.1",
+        "joblib>=1.3",
         "jsonargparse[signatures]>=4.49",
         "matplotlib>=3.8",
         "numba>=0.60",

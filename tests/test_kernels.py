@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from fastmnist.data.jit import jit
 from fastmnist.data.kernels import (
     Normaliser,
     gather,
@@ -76,6 +78,23 @@ def test_gather_looked_up_has_the_bits_of_torchvisions_result_cast(dtype, count,
     out = np.empty((len(indices), images.shape[1]), np.int16)
     gather_looked_up(data, offsets, indices, normalisation_table(mean, std, dtype), out)
     assert_same_bits(out, with_torchvision(images[indices].reshape(-1, side, side, channels), mean, std).to(dtype))
+
+
+def test_functions_compile_where_no_cache_can_be_written(monkeypatch):
+    real = numba.njit
+
+    def without_a_cache(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba, "njit", without_a_cache)
+
+    @jit
+    def twice(value):
+        return 2 * value
+
+    assert twice(4) == 8
 
 
 EVERY_BYTE = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)

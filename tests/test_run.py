@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from fastmnist.cli import main
 from fastmnist.config import TrainConfig
 from fastmnist.data.beton import Beton
 from fastmnist.data.prepare import cache_folder, compile_dataset, compiled_path
-from fastmnist.errors import FastmnistError
+from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference import evaluate, predict
 from fastmnist.run import resume, train
 from fastmnist.training.loop import Trainer
@@ -315,6 +316,13 @@ def test_tensorboard_gets_the_same_figures(settings: dict) -> None:
     events = EventAccumulator(str(result.folder / "tensorboard"))
     events.Reload()
     assert events.Scalars("val_accuracy")[-1].value == pytest.approx(result.summary["val_accuracy"])
+
+
+def test_tensorboard_that_is_not_installed_is_named(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        train(TrainConfig(**settings | {"tensorboard": True}))
+    assert not Path(settings["out"]).exists()
 
 
 def test_compiled_training_learns_the_same(settings: dict, tmp_path: Path) -> None:

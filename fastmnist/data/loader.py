@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from fastmnist.data.beton import Beton, Verify
 from fastmnist.data.buffers import BufferPool
@@ -102,7 +103,7 @@ class Loader:
         self.dtype, self.prefetch = dtype, prefetch
         self.indices = self._checked_indices(indices)
         self.placement = self._choose_placement(placement)
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or cpu_count()
         self._next = (0, 0)  # (epoch, batch) that the next loop starts with
         self._state = (0, 0)  # the first batch that has not been handed out
         self._closed = False

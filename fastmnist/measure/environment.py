@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from joblib import cpu_count
 
 PACKAGES = ("fastmnist", "torch", "torchvision", "numpy", "numba", "ffcv")
 
@@ -27,7 +27,7 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     """Processor, cores that this process may use, threads that torch uses, and the GPU when it is one."""
     found: dict[str, str | int] = {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
