@@ -8,19 +8,17 @@ Both sides run in turn in one process, after a warm-up, on all 60,000 training i
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import json
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import arguments, report
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -28,7 +26,6 @@ from fastmnist.data.beton import Beton
 from fastmnist.data.datasets import DATASETS, from_folder
 from fastmnist.data.loader import Loader
 from fastmnist.data.writer import write_beton
-from fastmnist.measure.environment import hardware, versions
 
 BATCH_SIZE = 512
 
@@ -58,10 +55,8 @@ def summarise(values: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's four .gz files")
+    parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "train.beton"
@@ -102,14 +97,8 @@ def main() -> None:
         "loader_images_per_second": {name: summarise(values) for name, values in rates.items()},
         "loader_over_plain_dataloader": {name: summarise(values) for name, values in ratios.items()},
         "batch_size": BATCH_SIZE,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
+    report(result, options.output)
 
 
 if __name__ == "__main__":

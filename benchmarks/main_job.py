@@ -10,20 +10,17 @@ that all that surrounds the step costs less than 42 % of it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from datetime import datetime
 from pathlib import Path
 
 import torch
+from common import arguments, report
 
 from fastmnist.config import TrainConfig
 from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import prepare
-from fastmnist.measure.environment import hardware, versions
 from fastmnist.run import train
 from fastmnist.training.model import resnet18
 
@@ -78,13 +75,11 @@ def one_seed(seed: int, data_dir: str, cache: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder with MNIST's IDX files")
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        rows = [one_seed(seed, options.data_dir, Path(cache)) for seed in options.seeds]
+        rows = [one_seed(seed, str(options.data_dir), Path(cache)) for seed in options.seeds]
     accuracies = [row["test_accuracy"] for row in rows]
     shares = [row["share_of_limit"] for row in rows]
     result = {
@@ -95,14 +90,8 @@ def main() -> None:
         "share_of_limit_median": statistics.median(shares),
         "share_of_limit_range": [min(shares), max(shares)],
         "rows": rows,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
+    report(result, options.output)
 
 
 if __name__ == "__main__":

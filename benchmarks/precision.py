@@ -7,21 +7,17 @@ One fixed batch of 128 real images, channels_last ResNet-18, fused SGD; both sid
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from datetime import datetime
-from pathlib import Path
 from typing import get_args
 
 import torch
+from common import arguments, report
 
 from fastmnist.config import Stem
 from fastmnist.data.loader import Batch, Loader
 from fastmnist.data.prepare import prepare
-from fastmnist.measure.environment import hardware, versions
 from fastmnist.training.model import resnet18
 from fastmnist.training.precision import processor_flags
 
@@ -50,13 +46,11 @@ def compare(stem: Stem, batch: Batch, repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder with MNIST's IDX files")
+    parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        path = prepare("mnist", options.data_dir, cache).train
+        path = prepare("mnist", str(options.data_dir), cache).train
         with Loader(path, BATCH_SIZE, device="cpu", dtype=torch.float32) as loader:
             batch = next(iter(loader))
     rows = []
@@ -75,14 +69,8 @@ def main() -> None:
     result = {
         "rows": rows,
         "processor_flags": sorted(flag for flag in processor_flags() if flag.startswith(("avx", "amx"))),
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
+    report(result, options.output)
 
 
 if __name__ == "__main__":

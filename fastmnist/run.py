@@ -332,8 +332,9 @@ class _Run:
         }
 
     def _draw(self, evaluation: Evaluation | None, summary: dict[str, Any]) -> None:
+        from fastmnist.report.curves import plot_curves
         from fastmnist.report.html import write_report
-        from fastmnist.report.plots import plot_confusion, plot_curves, plot_predictions
+        from fastmnist.report.plots import plot_confusion, plot_predictions
 
         folder, names = self.folder.path, self.files.train.class_names
         pictures = {}

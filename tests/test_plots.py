@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastmnist.errors import FastmnistError
-from fastmnist.report import plots
-from fastmnist.report.plots import plot_confusion, plot_curves, plot_predictions
+from fastmnist.report import curves, plots
+from fastmnist.report.curves import plot_curves
+from fastmnist.report.plots import plot_confusion, plot_predictions
 
 DIGITS = [str(number) for number in range(10)]
 
@@ -46,7 +47,8 @@ HISTORIES = {
 def texts(monkeypatch, draw):
     """All text of the figure that `draw` would have saved."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    for module in (curves, plots):
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
     draw()
     from matplotlib.text import Text
 
@@ -281,7 +283,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_matplotlib_is_loaded_by_drawing_alone_and_pyplot_never(tmp_path):
     code = (
-        "import sys, pathlib; import fastmnist.report.html; from fastmnist.report.plots import plot_curves\n"
+        "import sys, pathlib; import fastmnist.report.html; from fastmnist.report.curves import plot_curves\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plot_curves([{'kind': 'step', 'step': 1, 'loss': 1.0}], pathlib.Path(sys.argv[1]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

@@ -15,7 +15,8 @@ COMPILE_SECONDS = 45.0
 COMPILE_GAIN = 0.4
 
 
-# With these a training step in bfloat16 ran at 1.3 (imagenet stem) to 1.7 times (cifar) float32's speed (benchmarks/precision.py).
+# With AVX-512 BF16 a training step ran at 1.3 (imagenet stem) to 1.7 times (cifar) the speed of float32:
+# benchmarks/precision.py.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 

@@ -1,0 +1,34 @@
+"""What the scripts here share: their two flags, and a result that says where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmnist.measure.environment import hardware, versions
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with --data-dir and --output."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's four IDX files, .gz")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    return parser
+
+
+def report(result: dict[str, Any], output: Path | None) -> None:
+    """Prints the result with hardware, versions and date, and writes it to `output`."""
+    result |= {
+        "hardware": hardware(torch.device("cpu")),
+        "versions": versions(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n")
