@@ -34,7 +34,7 @@ def replacing(path: Path, hint: str = "name another folder") -> Iterator[BinaryI
             os.unlink(temporary)
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file whole or not at all; raises FastmnistError as `replacing` does."""
     with replacing(path) as file:
         file.write(content)

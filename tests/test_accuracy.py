@@ -40,6 +40,7 @@ def test_digits_reach_97_percent_without_a_flag(tmp_path: Path, monkeypatch: pyt
     assert summary["test_accuracy"] >= 0.97
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_inductor_trains_on_a_cpu(tmp_path: Path) -> None:
     settings = {"dataset": "digits", "model": "small-cnn", "epochs": 3, "batch_size": 64}
     results = {

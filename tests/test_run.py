@@ -325,6 +325,7 @@ def test_tensorboard_that_is_not_installed_is_named(settings: dict, monkeypatch:
     assert not Path(settings["out"]).exists()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_compiled_training_learns_the_same(settings: dict, tmp_path: Path) -> None:
     """aot_eager stands in for inductor, which takes a minute: the same capture, no code generation."""
     torch._dynamo.reset()

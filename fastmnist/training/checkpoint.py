@@ -82,7 +82,7 @@ def save_checkpoint(folder: Path, config: dict[str, Any], trainer: dict[str, Any
     """Writes checkpoint.pt, whole or not at all."""
     content = io.BytesIO()
     torch.save({"version": CHECKPOINT_VERSION, "config": config, "trainer": trainer}, content)
-    write_bytes(folder / CHECKPOINT, content.getbuffer())
+    write_bytes(folder / CHECKPOINT, content.getvalue())
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
