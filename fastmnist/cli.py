@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Optional
 import jsonargparse
 
 import fastmnist
-from fastmnist.config import GROUPS, TrainConfig
+from fastmnist.config import GROUPS, TrainConfig, flag
 from fastmnist.errors import ConfigError, FastmnistError
 
 if TYPE_CHECKING:
     from fastmnist.training.evaluate import Evaluation
 
 STARTED = time.perf_counter()
+LONGEST_ERROR = 400  # characters; a file that is no configuration is quoted whole otherwise
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
@@ -37,7 +40,9 @@ class Parser(jsonargparse.ArgumentParser):
         return super().add_argument(*hyphened, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(" ".join(message.split()))
+        text = re.sub(r'^Parser key "(\w+)":', lambda key: f"{flag(key[1])}:", message)
+        text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+        raise ConfigError(textwrap.shorten(text, LONGEST_ERROR, placeholder=" ..."))
 
 
 def build_parser() -> Parser:
