@@ -66,7 +66,7 @@ def evaluate(
                 f"{prepared.test}: has {len(file.class_names)} classes and images of {file.image_shape}; the model in "
                 f"{folder.path} was trained on {len(card.class_names)} classes and {tuple(card.image_shape)}"
             )
-        loader = Loader(file, EVALUATION_BATCH, shuffle=False, device=chosen)
+        loader = Loader(file, EVALUATION_BATCH, shuffle=False, device=chosen, rank=0, world_size=1)
         result = evaluate_model(model.to(chosen), loader, tuple(card.mean), tuple(card.std))
     return result, card.class_names
 

@@ -104,6 +104,8 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
             placement=config.placement,
             threads=config.threads,
             prefetch=config.prefetch,
+            rank=0,  # one process; a sharded evaluation would be wrong in silence
+            world_size=1,
             **options,
         )
 

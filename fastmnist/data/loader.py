@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,17 +16,12 @@ from joblib import cpu_count
 
 from fastmnist.data.beton import Beton, Verify
 from fastmnist.data.buffers import BufferPool
-from fastmnist.data.kernels import (
-    Normaliser,
-    gather,
-    gather_float32,
-    gather_looked_up,
-    normalisation_table,
-)
-from fastmnist.data.order import epoch_order
+from fastmnist.data.host import available_memory, pick_device, process_rank
+from fastmnist.data.kernels import Normaliser, gather, gather_float32, gather_looked_up, normalisation_table
+from fastmnist.data.order import EpochOrder, Kind, Uneven
+from fastmnist.data.transfer import Batch, copied_batches
 from fastmnist.errors import ConfigError, DataError
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 STATE_VERSION = 1
 RESIDENT_SHARE = 0.5  # of the free device memory that "auto" gives to the images
@@ -50,12 +44,17 @@ class Loader:
             the memory map, on a GPU through pinned memory and a copy stream; "auto" is resident on a device whose
             free memory is at least twice the images, and streams otherwise and on CPU.
         dtype: torch.uint8, the stored values; or float32, float16, bfloat16: (value / 255 - mean) / std.
-        order: "random" or "sequential"; "auto" follows `shuffle`.
+        order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
+            "sequential"; "auto" is sequential without `shuffle`, quasi-random for a file larger than the memory that
+            is available when it is streamed, else random.
         threads: that gather a batch on the host; 0 takes as many as pay, at most the cores there are.
         prefetch: batches on their way to a GPU ahead of the one that is handed out ("stream"). On a CPU the gather
             takes far less than a step, and runs when the batch is asked for.
         drop_last: leave out the last batch when it is not full.
         indices: (n,) the samples to iterate over; None takes all.
+        rank, world_size: which of how many processes this is; None asks torch.distributed, or means 0 of 1. Each
+            sample goes to one process, and all get equally many.
+        uneven: what happens when world_size does not divide the samples: "pad" repeats some, "drop" leaves some out.
         reuse_buffers: hand out the same host memory each time: a batch is then valid only until the next one.
         verify: how the file is checked when it is opened here ("size" or "full").
 
@@ -77,10 +76,13 @@ class Loader:
         device: str | torch.device | None = None,
         placement: Literal["auto", "resident", "stream"] = "auto",
         dtype: torch.dtype = torch.uint8,
-        order: Literal["auto", "random", "sequential"] = "auto",
+        order: Literal["auto"] | Kind = "auto",
         threads: int = 0,
         prefetch: int = 3,
         drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        uneven: Uneven = "pad",
         indices: Sequence[int] | np.ndarray | None = None,
         reuse_buffers: bool = False,
         verify: Verify = "size",
@@ -92,17 +94,36 @@ class Loader:
             )
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES)}")
-        if placement not in ("auto", "resident", "stream") or order not in ("auto", "random", "sequential"):
-            raise ConfigError(f"no such placement or order: {placement!r}, {order!r}")
+        for name, value, allowed in (
+            ("placement", placement, ("auto", "resident", "stream")),
+            ("order", order, ("auto", *get_args(Kind))),
+            ("uneven", uneven, get_args(Uneven)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} {value!r} is none of {', '.join(allowed)}")
         self._owns_file = not isinstance(data, Beton)
         self.file = data if isinstance(data, Beton) else Beton(data, verify)
         self.file.check_open()
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.order = order if order != "auto" else ("random" if shuffle else "sequential")
-        self.device = _device(device)
+        self.device = pick_device(device)
         self.dtype, self.prefetch = dtype, prefetch
         self.indices = self._checked_indices(indices)
         self.placement = self._choose_placement(placement)
+        self.order: Kind = self._choose_order(shuffle) if order == "auto" else order
+        self.rank, self.world_size = process_rank(rank, world_size)
+        self._epoch_order = EpochOrder(
+            len(self.indices),
+            self.order,
+            seed,
+            self.file.offsets[self.indices] // self.file.page_size if self.order == "quasi_random" else None,
+            self.rank,
+            self.world_size,
+            uneven,
+        )
+        if not len(self._epoch_order):
+            raise ConfigError(
+                f"{len(self.indices)} samples cannot be dealt to {self.world_size} processes; take uneven='pad'"
+            )
         self.threads = threads or cpu_count()
         self._next = (0, 0)  # (epoch, batch) that the next loop starts with
         self._state = (0, 0)  # the first batch that has not been handed out
@@ -134,23 +155,29 @@ class Loader:
             return "resident" if len(self.indices) * self.file.image_size < RESIDENT_SHARE * free else "stream"
         return "resident"
 
+    def _choose_order(self, shuffle: bool) -> Kind:
+        if not shuffle:
+            return "sequential"
+        too_large = self.placement == "stream" and self.file.file_size > available_memory()
+        return "quasi_random" if too_large else "random"
+
     def _prepare(self, reuse: bool) -> None:
         file, size = self.file, self.file.image_size
         self._normalise = Normaliser(*file.moments, self.device)
         self._on_device = self.placement == "resident" and self.device.type != "cpu"
         self._data, self._offsets, self._labels = np.asarray(file.data), file.offsets, file.labels
-        self._rows = self.indices  # what the order permutes: rows of _data
+        self._rows: np.ndarray | None = self.indices  # of _offsets and _labels; None where position and row agree
         if self.placement == "resident":
             dense = np.empty((len(self.indices), size), np.uint8)
             gather(self._data, self._offsets, self.indices, dense)
             self._labels = file.labels[self.indices]
-            self._rows = np.arange(len(self.indices))
+            self._rows = None
             if self._on_device:
                 self._device_images = torch.from_numpy(dense).to(self.device)
                 self._device_labels = torch.from_numpy(self._labels).to(self.device)
                 return
             dense.flags.writeable = False  # like the map, so that one compiled kernel serves both
-            self._data, self._offsets = dense.reshape(-1), self._rows * size
+            self._data, self._offsets = dense.reshape(-1), np.arange(len(dense)) * size
         # A batch for another device is normalised there: a quarter of the bytes to copy.
         host_dtype = self.dtype if self.device.type == "cpu" else torch.uint8
         self._kernel, self._constants = _kernel(file, host_dtype)
@@ -159,7 +186,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        full, rest = divmod(len(self.indices), self.batch_size)
+        full, rest = divmod(len(self._epoch_order), self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -171,14 +198,22 @@ class Loader:
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Batch]:
         self._check_open()
-        order = self._order(epoch, self._rows)
+        positions = self._epoch_order(epoch)
+        order = positions if self._rows is None else self._rows[positions]
         size = self.batch_size
         parts = (order[k * size : (k + 1) * size] for k in range(first, len(self)))
         batches: Iterator[Batch]
         if self._on_device:
             batches = self._device_batches(order, first)
         elif self.device.type == "cuda":
-            batches = self._copied_batches(parts)
+            batches = copied_batches(
+                parts,
+                self._fill,
+                lambda rows: self._finish(self._shape(rows)),
+                (self.batch_size, self.file.image_size),
+                self.device,
+                self.prefetch,
+            )
         else:
             batches = map(self._host_batch, parts)
         for number, batch in enumerate(batches, first + 1):
@@ -186,13 +221,9 @@ class Loader:
             yield batch
             self._check_open()
 
-    def _order(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        return rows if self.order == "sequential" else epoch_order(rows, self.seed, epoch)
-
     def epoch_indices(self, epoch: int) -> np.ndarray:
-        """(n,) int64: the samples of that epoch as they are handed out; the last, partial batch's too if kept."""
-        rows = self._order(epoch, np.arange(len(self.indices)))
-        return self.indices[rows][: len(self) * self.batch_size]
+        """(n,) int64: the samples of that epoch as this process hands them out, those of the last batch too if kept."""
+        return self.indices[self._epoch_order(epoch)][: len(self) * self.batch_size]
 
     def _shape(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, H * W * C) as (B, C, H, W) in channels_last, without a copy."""
@@ -217,9 +248,8 @@ class Loader:
 
     def _host_batch(self, part: np.ndarray) -> Batch:
         memory, rows = self._image_pool.take(len(part))
-        self._gather_in_threads(part, memory)
         label_memory, labels = self._label_pool.take(len(part))
-        np.take(self._labels, part, out=label_memory[:, 0], mode="clip")  # "raise" would copy through a buffer
+        self._fill(part, memory, label_memory[:, 0])
         images, labels = self._shape(rows), labels.view(-1)
         if self.device.type == "cpu":
             return images, labels
@@ -236,34 +266,9 @@ class Loader:
             images = self._shape(self._device_images.index_select(0, part))
             yield self._finish(images), self._device_labels.index_select(0, part)
 
-    def _copied_batches(self, parts: Iterator[np.ndarray]) -> Iterator[Batch]:
-        """Gathers into pinned memory and copies on a stream of its own, `prefetch` batches ahead of the consumer."""
-        copies = torch.cuda.Stream(self.device)
-        slots = deque(_PinnedSlot(self.batch_size, self.file.image_size) for _ in range(self.prefetch + 2))
-        ahead: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
-        for part in parts:
-            slot = slots[0]
-            slots.rotate(-1)
-            slot.copied.synchronize()  # its previous copy, long since done
-            count = len(part)
-            self._gather_in_threads(part, slot.images.numpy()[:count])
-            np.take(self._labels, part, out=slot.labels.numpy()[:count], mode="clip")
-            with torch.cuda.stream(copies):
-                images = self._finish(self._shape(slot.images[:count].to(self.device, non_blocking=True)))
-                labels = slot.labels[:count].to(self.device, non_blocking=True)
-                slot.copied.record(copies)
-            ahead.append((images, labels, slot.copied))
-            if len(ahead) > self.prefetch:
-                yield self._hand_over(*ahead.popleft())
-        while ahead:
-            yield self._hand_over(*ahead.popleft())
-
-    def _hand_over(self, images: torch.Tensor, labels: torch.Tensor, copied: torch.cuda.Event) -> Batch:
-        consumer = torch.cuda.current_stream(self.device)
-        consumer.wait_event(copied)
-        images.record_stream(consumer)  # their memory is not used again before the consumer's work is done
-        labels.record_stream(consumer)
-        return images, labels
+    def _fill(self, part: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        self._gather_in_threads(part, images)
+        np.take(self._labels, part, out=labels, mode="clip")  # "raise" would copy through a buffer
 
     def set_epoch(self, epoch: int) -> None:
         """The next loop runs through this epoch, from its first batch."""
@@ -287,6 +292,8 @@ class Loader:
             "order": self.order,
             "batch_size": self.batch_size,
             "drop_last": self.drop_last,
+            "world_size": self.world_size,
+            "uneven": self._epoch_order.uneven,
             "samples": len(self.indices),
             "indices": f"{zlib.crc32(self.indices.tobytes()):08x}",
             "file": self.file.fingerprint,
@@ -341,15 +348,6 @@ class Loader:
         self.close()
 
 
-class _PinnedSlot:
-    """Page-locked host memory for one batch, and the event that tells when its copy is done."""
-
-    def __init__(self, batch_size: int, image_size: int) -> None:
-        self.images = torch.empty((batch_size, image_size), dtype=torch.uint8, pin_memory=True)
-        self.labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=True)
-        self.copied = torch.cuda.Event()
-
-
 def _kernel(file: Beton, dtype: torch.dtype) -> tuple[Callable[..., None], tuple[np.ndarray, ...]]:
     """The function that gathers a batch as `dtype`, and the arrays that it takes before `out`."""
     if dtype == torch.uint8:
@@ -358,15 +356,3 @@ def _kernel(file: Beton, dtype: torch.dtype) -> tuple[Callable[..., None], tuple
         mean, std = (np.array(values, np.float32) for values in file.moments)
         return gather_float32, (mean, std)
     return gather_looked_up, (normalisation_table(*file.moments, dtype),)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"no such device: {device!r}; try cpu or cuda") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} was asked for, but PyTorch finds no GPU here; leave it out or say cpu")
-    return chosen

@@ -1,0 +1,166 @@
+"""How an epoch is dealt to several processes, and how a file larger than memory is shuffled."""
+
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmnist.data import loader as loader_module
+from fastmnist.data.host import available_memory
+from fastmnist.data.loader import Loader
+from fastmnist.data.order import EpochOrder, epoch_order, quasi_random_order
+from fastmnist.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory: pytest.TempPathFactory, write_small_beton) -> Path:
+    """1,000 images of 4x4 on 16 pages of 64."""
+    path = tmp_path_factory.mktemp("paged") / "a.beton"
+    write_small_beton(path, 1000, (4, 4), page_size=1024)
+    return path
+
+
+@given(count=st.integers(1, 200), world=st.integers(1, 9), seed=st.integers(0, 99), epoch=st.integers(0, 5))
+def test_each_sample_goes_to_one_process(count: int, world: int, seed: int, epoch: int) -> None:
+    for uneven in ("pad", "drop"):
+        orders = [EpochOrder(count, "random", seed, rank=r, world_size=world, uneven=uneven) for r in range(world)]
+        parts = [order(epoch) for order in orders]
+        assert {len(part) for part in parts} == {len(orders[0])}
+        times = Counter(np.concatenate(parts).tolist())
+        if uneven == "pad":
+            assert set(times) == set(range(count))
+            assert sum(times.values()) - count == -count % world
+            assert world > count or max(times.values()) <= 2
+        else:
+            assert not times or max(times.values()) == 1
+            assert sum(times.values()) == count - count % world
+
+
+def test_a_step_of_all_processes_is_a_step_of_one_with_the_larger_batch(paged: Path) -> None:
+    whole = [set(labels_and_images(batch)) for batch in Loader(paged, 40, device="cpu", seed=3)]
+    ranks = [Loader(paged, 10, device="cpu", seed=3, rank=rank, world_size=4) for rank in range(4)]
+    assert {len(loader) for loader in ranks} == {25}
+    together = [set().union(*(labels_and_images(batch) for batch in step)) for step in zip(*ranks, strict=True)]
+    assert together == whole
+
+
+def labels_and_images(batch: tuple[torch.Tensor, torch.Tensor]) -> list[bytes]:
+    images, labels = batch
+    return [bytes([int(label)]) + image.numpy().tobytes() for image, label in zip(images, labels, strict=True)]
+
+
+def test_a_state_serves_every_rank_but_no_other_number_of_them(paged: Path) -> None:
+    first = Loader(paged, 10, device="cpu", rank=0, world_size=4)
+    iterator = iter(first)
+    for _ in range(7):
+        next(iterator)
+    other = Loader(paged, 10, device="cpu", rank=3, world_size=4)
+    other.load_state_dict(first.state_dict())
+    assert sum(1 for _ in other) == 18
+    with pytest.raises(DataError, match="world_size 4, this loader has 2"):
+        Loader(paged, 10, device="cpu", rank=0, world_size=2).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank 2 must be 0 to"),
+        ({"rank": 1}, "come together"),
+        ({"world_size": 2}, "come together"),
+        ({"rank": 0, "world_size": 2000, "uneven": "drop"}, "cannot be dealt"),
+        ({"uneven": "sometimes"}, "uneven 'sometimes' is none of pad, drop"),
+        ({"order": "backwards"}, "order 'backwards' is none of auto, random"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(paged: Path, given_: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Loader(paged, 10, device="cpu", **given_)
+
+
+def one_of_two(rank: int, path: str, meeting: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    loader = Loader(path, 100, device="cpu")
+    results.put((loader.rank, loader.world_size, loader.epoch_indices(0).tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_torch_distributed_is_asked(paged: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=one_of_two, args=(rank, str(paged), str(tmp_path / "meeting"), results))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    answers = sorted(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    assert [(rank, world) for rank, world, _ in answers] == [(0, 2), (1, 2)]
+    assert sorted(answers[0][2] + answers[1][2]) == list(range(1000))
+
+
+@given(
+    pages=st.lists(st.integers(0, 20), min_size=1, max_size=300),
+    window=st.integers(1, 25),
+    seed=st.integers(0, 99),
+)
+def test_quasi_random_is_a_permutation_that_keeps_to_its_window(pages: list[int], window: int, seed: int) -> None:
+    order = quasi_random_order(np.array(pages), seed, 0, window)
+    assert sorted(order.tolist()) == list(range(len(pages)))
+    visited = np.array(pages)[order]
+    # Pages come in groups of `window`, each group whole before the next one begins.
+    groups: list[set[int]] = [set()]
+    for page in visited:
+        if page not in groups[-1] and len(groups[-1]) == window:
+            groups.append(set())
+        groups[-1].add(int(page))
+    assert sum(len(group) for group in groups) == len(set(pages))
+
+
+def test_quasi_random_with_few_pages_is_as_good_as_random() -> None:
+    """Over many epochs a sample's place is uniform: chi-square of sample 0's place, 10 bins, 0.1 % mark."""
+    pages = np.arange(100) // 10
+    bins = Counter(int(np.flatnonzero(quasi_random_order(pages, 0, e) == 0)[0]) // 10 for e in range(2000))
+    assert sum((bins[b] - 200) ** 2 / 200 for b in range(10)) < 27.9
+
+
+def test_quasi_random_epochs_differ_and_repeat() -> None:
+    pages = np.arange(1000) // 10
+    first = quasi_random_order(pages, 1, 0, 8)
+    assert np.array_equal(first, quasi_random_order(pages, 1, 0, 8))
+    assert not np.array_equal(first, quasi_random_order(pages, 1, 1, 8))
+    assert not np.array_equal(pages[first], pages[quasi_random_order(pages, 2, 0, 8)])
+
+
+@pytest.mark.parametrize("placement", ["stream", "resident"])
+def test_a_quasi_random_loader_hands_out_every_sample(paged: Path, placement: str) -> None:
+    with Loader(paged, 64, device="cpu", order="quasi_random", placement=placement) as loader:
+        whole = loader.file.images(loader.epoch_indices(0))
+        labels = loader.file.labels[loader.epoch_indices(0)]
+        batches = list(loader)
+        assert sorted(loader.epoch_indices(0).tolist()) == list(range(1000))
+    assert np.array_equal(torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy(), whole)
+    assert np.array_equal(torch.cat([found for _, found in batches]).numpy(), labels)
+
+
+def test_auto_is_quasi_random_only_where_memory_is_short(paged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Loader(paged, 64, device="cpu").order == "random"
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 1000)
+    assert Loader(paged, 64, device="cpu").order == "quasi_random"
+    assert Loader(paged, 64, device="cpu", shuffle=False).order == "sequential"
+    assert Loader(paged, 64, device="cpu", placement="resident").order == "random"
+    assert Loader(paged, 64, device="cpu", order="random").order == "random"
+
+
+def test_available_memory_is_plausible() -> None:
+    assert 2**20 < available_memory() < 2**50
+
+
+def test_one_process_has_the_plain_order() -> None:
+    assert np.array_equal(EpochOrder(50, "random", 7)(3), epoch_order(np.arange(50), 7, 3))
