@@ -1,6 +1,8 @@
 """How an epoch is dealt to several processes, and how a file larger than memory is shuffled."""
 
-import multiprocessing
+import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -82,25 +84,26 @@ def test_what_cannot_be_dealt_is_refused(paged: Path, given_: dict, message: str
         Loader(paged, 10, device="cpu", **given_)
 
 
-def one_of_two(rank: int, path: str, meeting: str, results) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    loader = Loader(path, 100, device="cpu")
-    results.put((loader.rank, loader.world_size, loader.epoch_indices(0).tolist()))
-    torch.distributed.destroy_process_group()
+ONE_OF_TWO = """
+import json, sys
+import torch
+from fastmnist.data.loader import Loader
+
+rank, path, meeting = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+loader = Loader(path, 100, device="cpu")
+print(json.dumps([loader.rank, loader.world_size, loader.epoch_indices(0).tolist()]))
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_torch_distributed_is_asked(paged: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    arguments = [str(paged), str(tmp_path / "meeting")]
     processes = [
-        context.Process(target=one_of_two, args=(rank, str(paged), str(tmp_path / "meeting"), results))
+        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in processes:
-        process.start()
-    answers = sorted(results.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(timeout=60)
+    answers = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
     assert [(rank, world) for rank, world, _ in answers] == [(0, 2), (1, 2)]
     assert sorted(answers[0][2] + answers[1][2]) == list(range(1000))
 
