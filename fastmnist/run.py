@@ -16,7 +16,7 @@ from torch import nn
 
 from fastmnist.config import TrainConfig, flag
 from fastmnist.data.loader import Loader
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.interrupt import stop_on_ctrl_c
 from fastmnist.measure.environment import hardware, versions
 from fastmnist.report.events import summary_writer, tensorboard_events
@@ -147,6 +147,7 @@ class _Run:
             self.records: list[Record] = []
         else:
             self.folder = resumed[0]
+            self._check_test_file(resumed[1])
             self.trainer.load_state_dict(resumed[1])
             self.records = self.folder.forget_after(self.trainer.step)
         self._announce()
@@ -219,10 +220,7 @@ class _Run:
         trainer = self.trainer
         if self.config.compile != "auto" or trainer.device.type != "cuda":
             return 0.0
-        begun = time.perf_counter()
-        for _ in range(TIMED_PASSES):
-            trainer.warm_up()
-        return (time.perf_counter() - begun) / TIMED_PASSES * (len(trainer.rates) - trainer.step)
+        return trainer.warm_up(TIMED_PASSES) * (len(trainer.rates) - trainer.step)
 
     def _train(self) -> TrainResult:
         with (
@@ -236,7 +234,7 @@ class _Run:
                 evaluation = self._evaluate(self.loaders.test, stop) if done else None
             except StopRequested:
                 evaluation = None
-            save_checkpoint(self.folder.path, self.config.to_dict(), self.trainer.state_dict())
+            self._save_checkpoint()
             save_weights(self.folder.path, self.trainer.model, self.card)
             summary = self._summary(evaluation)
             self._draw(evaluation, summary)
@@ -263,11 +261,24 @@ class _Run:
                     return False
                 self._finish_epoch(record, stop)
                 if trainer.seconds - saved > SAVE_EVERY and trainer.loader.epoch < epochs:
-                    save_checkpoint(self.folder.path, self.config.to_dict(), trainer.state_dict())
+                    self._save_checkpoint()
                     saved = trainer.seconds
                 if stop():
                     return False
         return True
+
+    def _save_checkpoint(self) -> None:
+        state = self.trainer.state_dict() | {"test_file": self.files.test.fingerprint}
+        save_checkpoint(self.folder.path, self.config.to_dict(), state)
+
+    def _check_test_file(self, state: dict[str, Any]) -> None:
+        """The loader's state names the training file; the test file must be the same too."""
+        before, now = state.get("test_file"), self.files.test.fingerprint
+        if before != now:
+            raise DataError(
+                f"{self.files.test.path}: the run was begun with test file {before}, this is {now}; "
+                "put the data of then back, or begin a new run"
+            )
 
     def _knows(self, epoch: int) -> bool:
         return any(record["kind"] == "epoch" and record["epoch"] == epoch for record in self.records)

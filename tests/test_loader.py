@@ -552,3 +552,16 @@ def test_a_gpu_gets_the_bytes_that_the_cpu_gets(tmp_path, write_small_beton, pla
 def test_auto_keeps_a_small_file_on_the_gpu(samples):
     with Loader(samples[0], 10) as loader:
         assert (loader.device.type, loader.placement) == ("cuda", "resident")
+
+
+def test_a_uint8_loader_asks_for_no_statistics(tmp_path, write_small_beton, monkeypatch):
+    """For a file without ours they would take a pass over all of it."""
+    write_small_beton(tmp_path / "a.beton", 20)
+
+    def unwanted(self):
+        raise AssertionError("the file's moments were asked for")
+
+    monkeypatch.setattr(Beton, "moments", property(unwanted))
+    assert len(list(Loader(tmp_path / "a.beton", 8, device="cpu"))) == 3
+    with pytest.raises(AssertionError, match="moments"):
+        Loader(tmp_path / "a.beton", 8, device="cpu", dtype=torch.float32)

@@ -233,8 +233,11 @@ def test_resume_refuses_a_changed_setting(stopped: Path, capsys: pytest.CaptureF
     assert main(["train", "--resume", str(stopped), "--batch-size", "64"]) == 0
 
 
-def test_resume_refuses_changed_data(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = compiled_path("digits", "train", cache_folder())
+@pytest.mark.parametrize(("split", "message"), [("train", "was taken with file"), ("test", "begun with test file")])
+def test_resume_refuses_changed_data(
+    stopped: Path, capsys: pytest.CaptureFixture[str], split: str, message: str
+) -> None:
+    path = compiled_path("digits", split, cache_folder())
     kept = path.read_bytes()
     file = Beton(path)
     from fastmnist.data.writer import write_beton
@@ -244,7 +247,7 @@ def test_resume_refuses_changed_data(stopped: Path, capsys: pytest.CaptureFixtur
     write_beton(path, images, file.labels, class_names=file.class_names, source=source)
     try:
         assert main(["train", "--resume", str(stopped)]) == 1
-        assert "was taken with file" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     finally:
         path.write_bytes(kept)
     assert main(["train", "--resume", str(stopped)]) == 0

@@ -162,6 +162,7 @@ class Beton:
         offsets: (N,) int64, where each image starts in `data`.
         labels: (N,) int64.
         image_shape: (H, W, C).
+        image_field, label_field: the fields' names, which FFCV's pipelines ask for.
         integrity: what our own writer added; None for a file that FFCV wrote.
 
     Raises:

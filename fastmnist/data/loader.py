@@ -163,7 +163,8 @@ class Loader:
 
     def _prepare(self, reuse: bool) -> None:
         file, size = self.file, self.file.image_size
-        self._normalise = Normaliser(*file.moments, self.device)
+        if self.dtype != torch.uint8:  # the statistics of a file without ours take a pass over it
+            self._normalise = Normaliser(*file.moments, self.device)
         self._on_device = self.placement == "resident" and self.device.type != "cpu"
         self._data, self._offsets, self._labels = np.asarray(file.data), file.offsets, file.labels
         self._rows: np.ndarray | None = self.indices  # of _offsets and _labels; None where position and row agree

@@ -119,30 +119,38 @@ class Trainer:
         )
         return drawn.to(self.device)
 
-    def warm_up(self) -> None:
-        """One forward and backward pass that leaves no trace in the model: compiles, and finds what does not fit.
+    def warm_up(self, passes: int = 1) -> float:
+        """Forward and backward passes that leave no trace in the model: compiles, and finds what does not fit.
+
+        Returns:
+            Seconds per pass, without loading.
 
         Raises:
-            ConfigError: the batch does not fit into the GPU's memory; names the largest that does.
+            ConfigError: the batch does not fit into the GPU's memory; names one that does.
         """
         state = self.loader.state_dict()
         batch = next(iter(self.loader))
         self.loader.load_state_dict(state)
         transforms = self.transforms(0)
         try:
-            self.trial(batch, transforms)
+            return self.trial(batch, transforms, passes)
         except torch.OutOfMemoryError:
             raise ConfigError(self._advice_on_memory(batch, transforms)) from None
-        self.synchronize()
 
-    def trial(self, batch: Batch, transforms: torch.Tensor | None) -> None:
-        """Forward and backward on a batch; running statistics, gradients and random state are as before."""
+    def trial(self, batch: Batch, transforms: torch.Tensor | None, passes: int = 1) -> float:
+        """Seconds per forward and backward pass; statistics, gradients and random state are as before."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         random_state = _random_state(self.device)
+        images, labels = batch
         try:
-            images, labels = batch
-            loss, _ = self.compute(images, labels, None if transforms is None else transforms[: len(labels)])
-            self.scaler.scale(loss).backward()
+            self.synchronize()
+            begun = time.perf_counter()
+            for _ in range(passes):
+                loss, _ = self.compute(images, labels, None if transforms is None else transforms[: len(labels)])
+                self.scaler.scale(loss).backward()
+                self.optimizer.zero_grad(set_to_none=True)
+            self.synchronize()
+            return (time.perf_counter() - begun) / passes
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
