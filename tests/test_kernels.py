@@ -57,7 +57,7 @@ def assert_same_bits(found: np.ndarray, expected: torch.Tensor) -> None:
 def test_gather_is_numpys_fancy_indexing(count, size, seed):
     images, data, offsets, indices = scattered(count, size, seed)
     out = np.empty((len(indices), size), np.uint8)
-    gather(data, offsets, indices, out)
+    gather(data, offsets, indices, 0, out)
     np.testing.assert_array_equal(out, images[indices])
 
 
@@ -66,7 +66,7 @@ def test_gather_float32_has_the_bits_of_totensor_and_normalize(count, side, chan
     images, data, offsets, indices = scattered(count, side * side * channels, seed)
     mean, std = MOMENTS[channels]
     out = np.empty((len(indices), images.shape[1]), np.float32)
-    gather_float32(data, offsets, indices, np.array(mean, np.float32), np.array(std, np.float32), out)
+    gather_float32(data, offsets, indices, 0, np.array(mean, np.float32), np.array(std, np.float32), out)
     assert_same_bits(out, with_torchvision(images[indices].reshape(-1, side, side, channels), mean, std))
 
 
@@ -76,7 +76,7 @@ def test_gather_looked_up_has_the_bits_of_torchvisions_result_cast(dtype, count,
     images, data, offsets, indices = scattered(count, side * side * channels, seed)
     mean, std = MOMENTS[channels]
     out = np.empty((len(indices), images.shape[1]), np.int16)
-    gather_looked_up(data, offsets, indices, normalisation_table(mean, std, dtype), out)
+    gather_looked_up(data, offsets, indices, 0, normalisation_table(mean, std, dtype), out)
     assert_same_bits(out, with_torchvision(images[indices].reshape(-1, side, side, channels), mean, std).to(dtype))
 
 
@@ -105,7 +105,7 @@ def test_every_byte_is_normalised_to_the_bits_of_torchvision_for_any_moments(mea
     expected = with_torchvision(EVERY_BYTE, (mean,), (std,))
     out = np.empty((1, 256), np.float32)
     moments = np.array([mean], np.float32), np.array([std], np.float32)
-    gather_float32(EVERY_BYTE.ravel(), np.zeros(1, np.int64), np.zeros(1, np.int64), *moments, out)
+    gather_float32(EVERY_BYTE.ravel(), np.zeros(1, np.int64), np.zeros(1, np.int64), 0, *moments, out)
     assert_same_bits(out, expected)
     for dtype in TWO_BYTES:
         assert_same_bits(normalisation_table((mean,), (std,), dtype), expected.to(dtype))

@@ -114,7 +114,7 @@ def test_torch_distributed_is_asked(paged: Path, tmp_path: Path) -> None:
     seed=st.integers(0, 99),
 )
 def test_quasi_random_is_a_permutation_that_keeps_to_its_window(pages: list[int], window: int, seed: int) -> None:
-    order = quasi_random_order(np.array(pages), seed, 0, window)
+    order, windows = quasi_random_order(np.array(pages), seed, 0, window)
     assert sorted(order.tolist()) == list(range(len(pages)))
     visited = np.array(pages)[order]
     # Pages come in groups of `window`, each group whole before the next one begins.
@@ -124,21 +124,26 @@ def test_quasi_random_is_a_permutation_that_keeps_to_its_window(pages: list[int]
             groups.append(set())
         groups[-1].add(int(page))
     assert sum(len(group) for group in groups) == len(set(pages))
+    assert [set(w.pages.tolist()) for w in windows] == groups
+    ends = [w.start for w in windows[1:]] + [len(pages)]
+    assert windows[0].start == 0
+    for w, end in zip(windows, ends, strict=True):
+        assert set(visited[w.start : end].tolist()) == set(w.pages.tolist())
 
 
 def test_quasi_random_with_few_pages_is_as_good_as_random() -> None:
     """Over many epochs a sample's place is uniform: chi-square of sample 0's place, 10 bins, 0.1 % mark."""
     pages = np.arange(100) // 10
-    bins = Counter(int(np.flatnonzero(quasi_random_order(pages, 0, e) == 0)[0]) // 10 for e in range(2000))
+    bins = Counter(int(np.flatnonzero(quasi_random_order(pages, 0, e)[0] == 0)[0]) // 10 for e in range(2000))
     assert sum((bins[b] - 200) ** 2 / 200 for b in range(10)) < 27.9
 
 
 def test_quasi_random_epochs_differ_and_repeat() -> None:
     pages = np.arange(1000) // 10
-    first = quasi_random_order(pages, 1, 0, 8)
-    assert np.array_equal(first, quasi_random_order(pages, 1, 0, 8))
-    assert not np.array_equal(first, quasi_random_order(pages, 1, 1, 8))
-    assert not np.array_equal(pages[first], pages[quasi_random_order(pages, 2, 0, 8)])
+    first, _ = quasi_random_order(pages, 1, 0, 8)
+    assert np.array_equal(first, quasi_random_order(pages, 1, 0, 8)[0])
+    assert not np.array_equal(first, quasi_random_order(pages, 1, 1, 8)[0])
+    assert not np.array_equal(pages[first], pages[quasi_random_order(pages, 2, 0, 8)[0]])
 
 
 @pytest.mark.parametrize("placement", ["stream", "resident"])

@@ -13,7 +13,9 @@ Writing is in `fastmnist.data.writer`.
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import weakref
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +29,7 @@ from fastmnist.errors import DataError
 
 FORMAT_VERSION = 2
 MAX_FIELDS = 64
+LAST_BYTES = 4096  # that are read to see whether the file is still whole
 LONGEST_SIDE = 2**16 - 1  # of an image, and most channels
 TYPE_NAMES = {0: "FloatField", 1: "IntField", 2: "RGBImageField", 3: "BytesField", 4: "NDArrayField"}
 TYPE_NAMES |= {5: "JSONField", 6: "TorchTensorField", 255: "a custom field"}
@@ -173,9 +176,11 @@ class Beton:
         if verify not in ("size", "full"):
             raise ValueError(f'verify is "size" or "full", not {verify!r}')
         self.path = Path(path)
+        self._absolute = self.path.absolute()
         try:
             with open(self.path, "rb") as file:
                 self._read(file)
+                self._keep_descriptor(file)
         except FileNotFoundError:
             raise DataError(f"{self.path}: no such file; fastmnist compile writes one") from None
         except OSError as error:
@@ -219,7 +224,50 @@ class Beton:
             )
         self._check_labels()
         self.closed = False
-        self.data: np.ndarray = np.memmap(file, np.uint8, mode="r")
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data: np.ndarray = np.frombuffer(self._map, np.uint8)
+
+    def _keep_descriptor(self, file: BinaryIO) -> None:
+        """Kept open so that what was mapped can be told from what is at the path later on."""
+        self._descriptor = os.dup(file.fileno())
+        self._release = weakref.finalize(self, os.close, self._descriptor)
+        self._changed = os.fstat(self._descriptor).st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raises DataError when the file was deleted, replaced, cut or rewritten since it was opened.
+
+        To read a map beyond the end of its file kills the process (SIGBUS): callers ask before they begin to read.
+        """
+        self.check_open()
+        advice = "open it again, or compile it anew (fastmnist compile)"
+        try:
+            there = os.stat(self._absolute)
+        except OSError as error:
+            what = "was deleted" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error.strerror})"
+            raise DataError(f"{self.path} {what} while it was open; {advice}") from None
+        here = os.fstat(self._descriptor)
+        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+            raise DataError(f"{self.path} was replaced by another file while it was open; {advice}")
+        if here.st_size != self.file_size:
+            raise DataError(
+                f"{self.path} had {self.file_size:,} bytes when it was opened and has {here.st_size:,} now; {advice}"
+            )
+        try:
+            end = os.pread(self._descriptor, LAST_BYTES, max(self.file_size - LAST_BYTES, 0))
+        except OSError as error:
+            raise DataError(f"{self.path}: its end cannot be read: {error.strerror}; {advice}") from None
+        if len(end) != min(LAST_BYTES, self.file_size):
+            raise DataError(f"{self.path}: {len(end)} of its last {LAST_BYTES} bytes can be read; {advice}")
+        if here.st_mtime_ns != self._changed:  # touched, perhaps no more
+            with Beton(self._absolute) as now:
+                if now.fingerprint != self.fingerprint:
+                    raise DataError(f"{self.path} was written to while it was open; {advice}")
+            self._changed = here.st_mtime_ns
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process opens the path itself: the map does not travel."""
+        self.check_open()
+        return _opened_again, (self._absolute, self.fingerprint)
 
     def _take(self, file: BinaryIO, dtype: np.dtype[Any], count: int, what: str) -> np.ndarray:
         wanted = dtype.itemsize * count
@@ -294,7 +342,7 @@ class Beton:
         Raises:
             DataError: naming the part that differs: a page by number and bytes, or the head, gap or table.
         """
-        self.check_open()
+        self.check_unchanged()
         data = self.data
         table = data[self._table_start :].view(ALLOCATION)
         block = self.integrity
@@ -343,9 +391,17 @@ class Beton:
         checksum = zlib.crc32(self.integrity.pack() if self.integrity else self.data[: self._head_size].tobytes())
         return f"{self.file_size}-{checksum:08x}"
 
+    def advise(self, pages: np.ndarray, needed: bool) -> None:
+        """Tells the system that pages (n,) of the file are `needed` soon, or that their memory is no more."""
+        advice = mmap.MADV_WILLNEED if needed else mmap.MADV_DONTNEED
+        for page in np.sort(pages).tolist():
+            start = page * self.page_size
+            aligned = start - start % mmap.PAGESIZE
+            self._map.madvise(advice, aligned, min(start + self.page_size, self.file_size) - aligned)
+
     def images(self, indices: np.ndarray) -> np.ndarray:
         """Copies of the images at `indices` (n,) int: (n, H, W, C) uint8. For looking; batches come from Loader."""
-        self.check_open()
+        self.check_unchanged()
         size = self.image_size
         picked = [self.data[at : at + size] for at in self.offsets[indices]]
         return np.array(picked, np.uint8).reshape(-1, *self.image_shape)
@@ -356,6 +412,7 @@ class Beton:
     def close(self) -> None:
         """Lets go of the mapping; arrays taken from `data` keep it alive until they are gone."""
         self.closed = True
+        self._release()
         self.data = np.empty(0, np.uint8)
 
     def check_open(self) -> None:
@@ -370,6 +427,13 @@ class Beton:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _opened_again(path: Path, fingerprint: str) -> Beton:
+    file = Beton(path)
+    if file.fingerprint != fingerprint:
+        raise DataError(f"{path} is {file.fingerprint}, another file than the {fingerprint} that was sent here")
+    return file
 
 
 class Moments:

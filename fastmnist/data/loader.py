@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from joblib import cpu_count
 
+from fastmnist.data.augment import Augmentation, warp_on_device
 from fastmnist.data.beton import Beton, Verify
 from fastmnist.data.buffers import BufferPool
-from fastmnist.data.host import available_memory, pick_device, process_rank
+from fastmnist.data.epochs import DTYPES, Batch, EpochLoader, check_choice
+from fastmnist.data.host import available_memory
 from fastmnist.data.kernels import Normaliser, gather, gather_float32, gather_looked_up, normalisation_table
-from fastmnist.data.order import EpochOrder, Kind, Uneven
-from fastmnist.data.transfer import Batch, copied_batches
-from fastmnist.errors import ConfigError, DataError
+from fastmnist.data.order import Kind, Uneven, Window
+from fastmnist.data.paging import Paging
+from fastmnist.data.threads import Helpers
+from fastmnist.data.transfer import Part, copied_batches
+from fastmnist.data.warp import gather_warped
+from fastmnist.errors import ConfigError
 
-DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
-STATE_VERSION = 1
+__all__ = ["DTYPES", "Batch", "Loader"]
+
 RESIDENT_SHARE = 0.5  # of the free device memory that "auto" gives to the images
-BYTES_PER_THREAD = 1 << 20  # of output; below, handing work to a second thread costs more than it saves
+BYTES_PER_THREAD = 1600 << 10  # of output that a helper must be given, or to call it costs more than it saves
+MOST_TOGETHER = 32  # batches that are gathered in one go for that
+MOST_COPYING_THREADS, MOST_THREADS = 4, 16  # with threads=0: more do not copy faster; more do not keep up with Python
+SAMPLES_AT_A_TIME = 1 << 15  # whose labels and transforms are looked up together: one look costs as much as many
 
 
-class Loader:
+class Loader(EpochLoader):
     """Iterates over epochs of a compiled file, batch by batch.
 
     Each `for` loop runs through one epoch, in that epoch's own order; the next loop runs through the next epoch, also
     when the last one was left early. The order depends on (seed, epoch) alone, not on placement, threads or prefetch.
+    A loader may be pickled, and used in a forked child; one thread at a time may iterate over it.
 
     Args:
         data: a `.beton` file, or one that is open already.
         batch_size: images per batch.
         shuffle: a new order each epoch; otherwise the file's order.
-        seed: of the order, 0 or more.
+        seed: of the order and of the augmentation, 0 or more.
         device: where batches are; None takes the GPU when there is one.
         placement: "resident" keeps all images in the device's memory (on CPU: a copy in RAM); "stream" gathers from
             the memory map, on a GPU through pinned memory and a copy stream; "auto" is resident on a device whose
             free memory is at least twice the images, and streams otherwise and on CPU.
         dtype: torch.uint8, the stored values; or float32, float16, bfloat16: (value / 255 - mean) / std.
+        augment: moves each image at random before it is normalised; needs a float dtype. What a sample gets depends on
+            (seed, epoch, sample) alone.
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
             "sequential"; "auto" is sequential without `shuffle`, quasi-random for a file larger than the memory that
             is available when it is streamed, else random.
@@ -51,11 +59,11 @@ class Loader:
         prefetch: batches on their way to a GPU ahead of the one that is handed out ("stream"). On a CPU the gather
             takes far less than a step, and runs when the batch is asked for.
         drop_last: leave out the last batch when it is not full.
-        indices: (n,) the samples to iterate over; None takes all.
         rank, world_size: which of how many processes this is; None asks torch.distributed, or means 0 of 1. Each
             sample goes to one process, and all get equally many.
         uneven: what happens when world_size does not divide the samples: "pad" repeats some, "drop" leaves some out.
-        reuse_buffers: hand out the same host memory each time: a batch is then valid only until the next one.
+        indices: (n,) the samples to iterate over; None takes all.
+        reuse_buffers: hand out the same host memory for images each time: a batch is then valid only until the next.
         verify: how the file is checked when it is opened here ("size" or "full").
 
     Yields:
@@ -63,7 +71,9 @@ class Loader:
         for as long as it is held.
 
     Raises:
-        DataError: the file cannot be used. ConfigError: a setting cannot work.
+        DataError: the file cannot be used, or was changed since it was opened (asked before each epoch).
+        ConfigError: a setting cannot work.
+        RuntimeError: the loader is closed, or another thread is in the middle of an epoch.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Loader:
         device: str | torch.device | None = None,
         placement: Literal["auto", "resident", "stream"] = "auto",
         dtype: torch.dtype = torch.uint8,
+        augment: Augmentation | None = None,
         order: Literal["auto"] | Kind = "auto",
         threads: int = 0,
         prefetch: int = 3,
@@ -87,92 +98,66 @@ class Loader:
         reuse_buffers: bool = False,
         verify: Verify = "size",
     ) -> None:
-        if batch_size < 1 or seed < 0 or threads < 0 or prefetch < 0:
-            raise ConfigError(
-                f"batch_size {batch_size} must be at least 1; seed {seed}, threads {threads} and prefetch {prefetch} "
-                "at least 0"
-            )
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES)}")
-        for name, value, allowed in (
-            ("placement", placement, ("auto", "resident", "stream")),
-            ("order", order, ("auto", *get_args(Kind))),
-            ("uneven", uneven, get_args(Uneven)),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name} {value!r} is none of {', '.join(allowed)}")
-        self._owns_file = not isinstance(data, Beton)
-        self.file = data if isinstance(data, Beton) else Beton(data, verify)
-        self.file.check_open()
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.device = pick_device(device)
-        self.dtype, self.prefetch = dtype, prefetch
-        self.indices = self._checked_indices(indices)
-        self.placement = self._choose_placement(placement)
-        self.order: Kind = self._choose_order(shuffle) if order == "auto" else order
-        self.rank, self.world_size = process_rank(rank, world_size)
-        self._epoch_order = EpochOrder(
-            len(self.indices),
-            self.order,
-            seed,
-            self.file.offsets[self.indices] // self.file.page_size if self.order == "quasi_random" else None,
-            self.rank,
-            self.world_size,
-            uneven,
+        if threads < 0 or prefetch < 0:
+            raise ConfigError(f"threads {threads} and prefetch {prefetch} must be at least 0")
+        check_choice("placement", placement, ("auto", "resident", "stream"))
+        self.placement: str = placement
+        super().__init__(
+            data,
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            augment=augment,
+            order=order,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            uneven=uneven,
+            indices=indices,
+            verify=verify,
         )
-        if not len(self._epoch_order):
-            raise ConfigError(
-                f"{len(self.indices)} samples cannot be dealt to {self.world_size} processes; take uneven='pad'"
-            )
-        self.threads = threads or cpu_count()
-        self._next = (0, 0)  # (epoch, batch) that the next loop starts with
-        self._state = (0, 0)  # the first batch that has not been handed out
-        self._closed = False
-        self._workers: ThreadPoolExecutor | None = None
-        self._prepare(reuse_buffers)
+        self.threads, self.prefetch, self.reuse_buffers = threads, prefetch, reuse_buffers
+        self._prepare()
 
-    def _checked_indices(self, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
-        if indices is None:
-            return np.arange(len(self.file))
-        chosen = np.array(indices)  # a copy: the kernels rely on what is checked here
-        if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
-            raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask say np.flatnonzero(mask)")
-        chosen = chosen.astype(np.int64)
-        if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(self.file):
-            raise ConfigError(
-                f"indices must be a list of at least one sample, each 0 to {len(self.file) - 1}; "
-                f"got shape {chosen.shape}, values {chosen.min(initial=0)} to {chosen.max(initial=0)}"
-            )
-        return chosen
+    @property
+    def needs_file(self) -> bool:
+        return self.placement == "stream"
 
-    def _choose_placement(self, placement: str) -> str:
-        if placement != "auto":
-            return placement
-        if self.device.type == "cpu":
-            return "stream"
+    def _settle(self) -> None:
+        size = len(self.indices) * self.file.image_size
+        if self.placement != "auto":
+            return
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            return "resident" if len(self.indices) * self.file.image_size < RESIDENT_SHARE * free else "stream"
-        return "resident"
+            self.placement = "resident" if size < RESIDENT_SHARE * free else "stream"
+        else:
+            self.placement = "stream" if self.device.type == "cpu" else "resident"
 
     def _choose_order(self, shuffle: bool) -> Kind:
-        if not shuffle:
-            return "sequential"
-        too_large = self.placement == "stream" and self.file.file_size > available_memory()
-        return "quasi_random" if too_large else "random"
+        if shuffle and self.placement == "stream" and self.file.file_size > available_memory():
+            return "quasi_random"
+        return super()._choose_order(shuffle)
 
-    def _prepare(self, reuse: bool) -> None:
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {
+            "placement": self.placement,
+            "threads": self.threads,
+            "prefetch": self.prefetch,
+            "reuse_buffers": self.reuse_buffers,
+        }
+
+    def _prepare(self) -> None:
         file, size = self.file, self.file.image_size
         if self.dtype != torch.uint8:  # the statistics of a file without ours take a pass over it
             self._normalise = Normaliser(*file.moments, self.device)
+        self._data, self._offsets, self._labels = file.data, file.offsets, file.labels
         self._on_device = self.placement == "resident" and self.device.type != "cpu"
-        self._data, self._offsets, self._labels = np.asarray(file.data), file.offsets, file.labels
-        self._rows: np.ndarray | None = self.indices  # of _offsets and _labels; None where position and row agree
         if self.placement == "resident":
             dense = np.empty((len(self.indices), size), np.uint8)
-            gather(self._data, self._offsets, self.indices, dense)
+            gather(self._data, self._offsets, self.indices, 0, dense)
             self._labels = file.labels[self.indices]
-            self._rows = None
             if self._on_device:
                 self._device_images = torch.from_numpy(dense).to(self.device)
                 self._device_labels = torch.from_numpy(self._labels).to(self.device)
@@ -181,172 +166,136 @@ class Loader:
             self._data, self._offsets = dense.reshape(-1), np.arange(len(dense)) * size
         # A batch for another device is normalised there: a quarter of the bytes to copy.
         host_dtype = self.dtype if self.device.type == "cpu" else torch.uint8
-        self._kernel, self._constants = _kernel(file, host_dtype)
-        self._image_pool = BufferPool(self.batch_size, size, host_dtype, reuse=reuse)
-        self._label_pool = BufferPool(self.batch_size, 1, torch.int64, reuse=reuse)
+        warps = self.augment is not None and self.device.type == "cpu"
+        self._constants: tuple[Any, ...]
+        self._kernel, self._constants = _warping_kernel(file) if warps else _kernel(file, host_dtype)
+        dtype = torch.float32 if warps else host_dtype
+        self._share_work(warps, size * dtype.itemsize)
+        self._pool = BufferPool(
+            self.batch_size, file.image_shape, dtype, keep=2 * self._together, reuse=self.reuse_buffers
+        )
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        full, rest = divmod(len(self._epoch_order), self.batch_size)
-        return full if self.drop_last or not rest else full + 1
+    def _share_work(self, warps: bool, row_bytes: int) -> None:
+        """Settles how many threads work on how many batches together, so that each has enough for its call to pay."""
+        self._threads = self.threads or min(cpu_count(), MOST_THREADS if warps else MOST_COPYING_THREADS)
+        self._least = max(1, BYTES_PER_THREAD // row_bytes)
+        together = -(-self._threads * self._least // self.batch_size)
+        if self._threads == 1 or together > MOST_TOGETHER:
+            self._threads = together = 1
+        self._together = 1 if self.reuse_buffers else together
+        self._helpers = Helpers(max(1, self._threads - 1))
 
-    def __iter__(self) -> Iterator[Batch]:
-        self._check_open()
-        epoch, batch = self._next
-        self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
-        self._next = (epoch + 1, 0)
-        return self._epoch(epoch, batch)
+    def _rows(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
+        """What `_data` is indexed with, in the epoch's order: samples of the file, or rows of the resident copy."""
+        if self.placement == "resident":
+            return self._epoch_order(epoch), []
+        return self._samples(epoch)
 
-    def _epoch(self, epoch: int, first: int) -> Iterator[Batch]:
-        self._check_open()
-        positions = self._epoch_order(epoch)
-        order = positions if self._rows is None else self._rows[positions]
-        size = self.batch_size
-        parts = (order[k * size : (k + 1) * size] for k in range(first, len(self)))
-        batches: Iterator[Batch]
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        groups = self._groups(epoch, first)
         if self._on_device:
-            batches = self._device_batches(order, first)
-        elif self.device.type == "cuda":
-            batches = copied_batches(
-                parts,
-                self._fill,
-                lambda rows: self._finish(self._shape(rows)),
-                (self.batch_size, self.file.image_size),
-                self.device,
-                self.prefetch,
-            )
-        else:
-            batches = map(self._host_batch, parts)
-        for number, batch in enumerate(batches, first + 1):
-            self._state = (epoch, number) if number < len(self) else (epoch + 1, 0)
-            yield batch
-            self._check_open()
+            return self._device_batches(groups)
+        if self.device.type == "cuda":
+            size = (self.batch_size, self.file.image_size)
+            return copied_batches(self._parts(groups), self._fill, self._finish, size, self.device, self.prefetch)
+        return self._host_batches(groups)
 
-    def epoch_indices(self, epoch: int) -> np.ndarray:
-        """(n,) int64: the samples of that epoch as this process hands them out, those of the last batch too if kept."""
-        return self.indices[self._epoch_order(epoch)][: len(self) * self.batch_size]
+    def _groups(self, epoch: int, first: int) -> Iterator[Part]:
+        """Whole batches, several at a time, with their transforms."""
+        rows, windows = self._rows(epoch)
+        samples = self.indices if self.placement == "resident" else None
+        drawn = None
+        if self.augment is not None:
+            drawn = self.augment.draw(len(self.file), self.seed, epoch)
+        paging = Paging(self.file, windows)
+        step = max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
+        for start in range(first * self.batch_size, self._taken, step):
+            stop = min(start + step, self._taken)
+            part = rows[start:stop]
+            matrices = None
+            if self.augment is not None and drawn is not None:
+                of_samples = part if samples is None else samples[part]
+                matrices = self.augment.matrices(drawn[of_samples], self.file.image_shape[:2])
+            paging.move(start, stop)
+            yield Part(part, matrices)
 
-    def _shape(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, H * W * C) as (B, C, H, W) in channels_last, without a copy."""
-        return rows.view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
+    def _host_batches(self, groups: Iterator[Part]) -> Iterator[Batch]:
+        size, pool, together = self.batch_size, self._pool, self._together
+        data, offsets, labels = self._data, self._offsets, self._labels  # which helpers may still read after close()
+        finish = self.device.type != "cpu" or self.dtype != pool.dtype
+        for group in groups:
+            rows, matrices = group
+            constants = self._constants if matrices is None else (matrices, *self._constants)
+            targets = torch.from_numpy(labels[rows]).split(size)
+            for first in range(0, len(targets), together):
+                start = first * size
+                stop = min(start + together * size, len(rows))
+                taken = [pool.take(min(size, stop - at)) for at in range(start, stop, size)]
+                job = (self._kernel, data, offsets, rows, start, constants, taken, size)
+                cuts = self._cuts(stop - start)
+                pieces = [(end, self._helpers.submit(_fill, *job, begin, end)) for begin, end in pairwise(cuts[1:])]
+                _fill(*job, 0, cuts[1])
+                done = cuts[1]
+                for number, (_, images) in enumerate(taken, 1):
+                    while pieces and done < number * size:
+                        done, piece = pieces.pop(0)
+                        piece.wait()
+                    start += len(taken[number - 1][0])
+                    target = targets[first + number - 1]
+                    if finish:
+                        moved = None if matrices is None else matrices[start - len(target) : start]
+                        yield self._elsewhere(images, target, moved)
+                    else:
+                        yield images, target
 
-    def _gather(self, part: np.ndarray, out: np.ndarray) -> None:
-        self._kernel(self._data, self._offsets, part, *self._constants, out)
+    def _cuts(self, count: int) -> list[int]:
+        """Where a job of `count` rows is cut, one piece per thread, each large enough to pay."""
+        pieces = max(1, min(self._threads, count // max(1, self._least // 2)))
+        return [count * piece // pieces for piece in range(pieces + 1)]
 
-    def _gather_in_threads(self, part: np.ndarray, out: np.ndarray) -> None:
-        threads = min(self.threads, out.nbytes // BYTES_PER_THREAD, len(part))
-        if threads < 2:
-            return self._gather(part, out)
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(self.threads - 1, "fastmnist-gather")
-        cuts = np.linspace(0, len(part), threads + 1).astype(int)
-        pieces = [slice(a, b) for a, b in pairwise(cuts)]
-        others = [self._workers.submit(self._gather, part[piece], out[piece]) for piece in pieces[1:]]
-        self._gather(part[pieces[0]], out[pieces[0]])
-        for other in others:
-            other.result()
-        return None
-
-    def _host_batch(self, part: np.ndarray) -> Batch:
-        memory, rows = self._image_pool.take(len(part))
-        label_memory, labels = self._label_pool.take(len(part))
-        self._fill(part, memory, label_memory[:, 0])
-        images, labels = self._shape(rows), labels.view(-1)
+    def _elsewhere(self, images: torch.Tensor, labels: torch.Tensor, matrices: np.ndarray | None) -> Batch:
+        """A batch of the host as it is wanted: on another kind of device, or as a type that the kernel cannot make."""
         if self.device.type == "cpu":
-            return images, labels
-        return self._finish(images.to(self.device)), labels.to(self.device)
+            return images.to(self.dtype), labels
+        return self._finish(images.to(self.device), matrices), labels.to(self.device)
 
-    def _finish(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalises on the device where a float type was asked for."""
-        return images if self.dtype == torch.uint8 else self._normalise(images, self.dtype)
+    def _parts(self, groups: Iterator[Part]) -> Iterator[Part]:
+        """The same, batch by batch."""
+        for group in groups:
+            for start in range(0, len(group.rows), self.batch_size):
+                chosen = slice(start, start + self.batch_size)
+                yield Part(group.rows[chosen], None if group.matrices is None else group.matrices[chosen])
 
-    def _device_batches(self, order: np.ndarray, first: int) -> Iterator[Batch]:
-        on_device = torch.from_numpy(np.ascontiguousarray(order)).to(self.device)
-        for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            part = on_device[start : start + self.batch_size]
-            images = self._shape(self._device_images.index_select(0, part))
-            yield self._finish(images), self._device_labels.index_select(0, part)
+    def _fill(self, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        self._kernel(self._data, self._offsets, rows, 0, *self._constants, images)
+        np.take(self._labels, rows, out=labels, mode="clip")  # "raise" would copy through a buffer
 
-    def _fill(self, part: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        self._gather_in_threads(part, images)
-        np.take(self._labels, part, out=labels, mode="clip")  # "raise" would copy through a buffer
+    def _finish(self, images: torch.Tensor, matrices: np.ndarray | torch.Tensor | None) -> torch.Tensor:
+        """What is left to do on the device: images uint8 (B, C, H, W), or their bytes (B, H * W * C)."""
+        if images.dim() == 2:
+            images = images.view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
+        if self.dtype == torch.uint8:
+            return images
+        if matrices is not None:
+            on_device = torch.as_tensor(matrices).to(self.device, non_blocking=True)
+            images = warp_on_device(images.to(torch.float32), on_device).contiguous(memory_format=torch.channels_last)
+        return self._normalise(images, self.dtype)
 
-    def set_epoch(self, epoch: int) -> None:
-        """The next loop runs through this epoch, from its first batch."""
-        if epoch < 0:
-            raise ConfigError(f"epoch is 0 or more, not {epoch}")
-        self._next = self._state = (epoch, 0)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the first batch that has not been handed out."""
-        return self._state[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, as plain values: the first batch that has not been handed out yet."""
-        return {"version": STATE_VERSION, "epoch": self._state[0], "batch": self._state[1]} | self._identity()
-
-    def _identity(self) -> dict[str, Any]:
-        """What must agree for a position to mean the same batch."""
-        return {
-            "seed": self.seed,
-            "order": self.order,
-            "batch_size": self.batch_size,
-            "drop_last": self.drop_last,
-            "world_size": self.world_size,
-            "uneven": self._epoch_order.uneven,
-            "samples": len(self.indices),
-            "indices": f"{zlib.crc32(self.indices.tobytes()):08x}",
-            "file": self.file.fingerprint,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next loop goes on with the batch that `state` names.
-
-        Raises:
-            DataError: the state is of another file or of other settings; both values are named.
-        """
-        if state.get("version") != STATE_VERSION:
-            raise DataError(f"the loader's state has version {state.get('version')}; {STATE_VERSION} is needed")
-        for key, here in self._identity().items():
-            if state.get(key) != here:
-                raise DataError(
-                    f"the loader's state was taken with {key} {state.get(key)}, this loader has {here}; "
-                    f"open {self.file.path} with the settings of then, or begin anew"
-                )
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch < max(len(self), 1)):
-            raise DataError(
-                f"the loader's state names batch {batch} of epoch {epoch}; an epoch has {len(self)} batches"
-            )
-        self._next = self._state = (epoch, batch)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError(f"the loader of {self.file.path} is closed; make a new one")
-        self.file.check_open()
+    def _device_batches(self, groups: Iterator[Part]) -> Iterator[Batch]:
+        for group in groups:
+            rows = torch.from_numpy(group.rows).to(self.device)
+            matrices = None if group.matrices is None else torch.from_numpy(group.matrices).to(self.device)
+            for start in range(0, len(rows), self.batch_size):
+                chosen = slice(start, start + self.batch_size)
+                images = self._device_images.index_select(0, rows[chosen])
+                moved = None if matrices is None else matrices[chosen]
+                yield self._finish(images, moved), self._device_labels.index_select(0, rows[chosen])
 
     def close(self) -> None:
-        """Ends the helper threads, lets go of the memory, closes the file if it was opened here.
-
-        Batches that are held stay valid.
-        """
-        self._closed = True
-        if self._workers is not None:
-            self._workers.shutdown()
-            self._workers = None
+        self._helpers.end()
         self._data = np.empty(0, np.uint8)
         self._device_images = self._device_labels = torch.empty(0)
-        if self._owns_file:
-            self.file.close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()
 
 
 def _kernel(file: Beton, dtype: torch.dtype) -> tuple[Callable[..., None], tuple[np.ndarray, ...]]:
@@ -357,3 +306,39 @@ def _kernel(file: Beton, dtype: torch.dtype) -> tuple[Callable[..., None], tuple
         mean, std = (np.array(values, np.float32) for values in file.moments)
         return gather_float32, (mean, std)
     return gather_looked_up, (normalisation_table(*file.moments, dtype),)
+
+
+def _warping_kernel(file: Beton) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The same for augmented images; transforms come before the arrays."""
+    mean, std = (np.array(values) for values in file.moments)
+    scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    height, width, _ = file.image_shape
+
+    def kernel(data, offsets, rows, start, matrices, out):  # type: ignore[no-untyped-def]
+        gather_warped(data, offsets, rows, start, height, width, matrices, scale, bias, out)
+
+    return kernel, ()
+
+
+def _fill(
+    kernel: Callable[..., None],
+    data: np.ndarray,
+    offsets: np.ndarray,
+    rows: np.ndarray,
+    start: int,
+    constants: tuple[Any, ...],
+    taken: list[tuple[np.ndarray, torch.Tensor]],
+    size: int,
+    begin: int,
+    end: int,
+) -> None:
+    """Gathers rows `start` + `begin` to `start` + `end` into the batches `taken`, `size` rows in each.
+
+    The batches' tensors are among the arguments so that their memory is nobody else's before this is done.
+    """
+    while begin < end:
+        number, within = divmod(begin, size)
+        memory = taken[number][0]
+        count = min(len(memory) - within, end - begin)
+        kernel(data, offsets, rows, start + begin, *constants, memory[within : within + count])
+        begin += count

@@ -18,14 +18,18 @@ Kind = Literal["random", "quasi_random", "sequential"]
 Uneven = Literal["pad", "drop"]
 
 ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM = 0, 1, 2  # one independent stream of bits per use
+BLOCK = 1 << 20  # random numbers that are drawn at a time
 WINDOW_PAGES = 32  # that are shuffled together: 64 MB of the files that we write
 
 
 def random_bits(count: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     """(count,) uint64; the first n are the same for every count >= n."""
-    sequence = np.random.SeedSequence([seed, epoch, stream])
-    bits: np.ndarray = np.random.Philox(sequence).random_raw(count)
+    bits: np.ndarray = _generator(seed, epoch, stream).random_raw(count)
     return bits
+
+
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence([seed, epoch, stream]))
 
 
 @jit
@@ -47,22 +51,43 @@ def epoch_order(indices: np.ndarray, seed: int, epoch: int, stream: int = ORDER_
     return order
 
 
-def quasi_random_order(pages: np.ndarray, seed: int, epoch: int, window: int = WINDOW_PAGES) -> np.ndarray:
-    """(n,) int64: positions 0 to n - 1 in an order that visits pages in random order, `window` of them at a time.
+@dataclass(frozen=True)
+class Window:
+    """Pages of the file that are shuffled together: `pages` (n,) int64, from position `start` of an epoch's order."""
 
-    pages: (n,) int64, the page that each position is on. Within a window all positions are shuffled, so that a reader
-    touches no more than `window` pages at once; with as many pages as that or fewer, every order is equally likely.
+    start: int
+    pages: np.ndarray
+
+
+def quasi_random_order(
+    pages: np.ndarray, seed: int, epoch: int, window: int = WINDOW_PAGES
+) -> tuple[np.ndarray, list[Window]]:
+    """An order that visits pages in random order, `window` of them at a time, so that a reader keeps few in memory.
+
+    Within a window all positions are shuffled; with as many pages as that or fewer, every order is equally likely.
+    README says how far it is from that with more of them.
+
+    Args:
+        pages: (n,) integers of at least 0, the page that each position is on.
+
+    Returns:
+        (n,) int64: positions 0 to n - 1; and the windows one after the other.
     """
-    distinct, page = np.unique(pages, return_inverse=True)
-    turn = np.empty(len(distinct), np.int64)  # of each page
-    turn[epoch_order(np.arange(len(distinct)), seed, epoch, PAGE_STREAM)] = np.arange(len(distinct))
-    turns = turn[page]
+    lowest = pages.min()
+    present = np.bincount(pages - lowest) > 0
+    distinct = np.flatnonzero(present) + lowest
+    visited = epoch_order(np.arange(len(distinct)), seed, epoch, PAGE_STREAM)
+    turn = np.empty(len(present), np.int32)  # of each page
+    turn[distinct[visited] - lowest] = np.arange(len(distinct))
+    turns = turn[pages - lowest]
     order = np.argsort(turns, kind="stable")
-    bits = random_bits(len(order), seed, epoch, ORDER_STREAM)
-    edges = np.searchsorted(turns[order], np.arange(0, len(distinct) + window, window))
+    starts = np.arange(0, len(distinct), window)
+    edges = [*np.searchsorted(turns, starts, sorter=order), len(order)]
+    generator = _generator(seed, epoch, ORDER_STREAM)
     for start, end in pairwise(edges):
-        _shuffle(order[start:end], bits[start:end])
-    return order
+        _shuffle(order[start:end], generator.random_raw(end - start))
+    windows = [Window(int(edge), distinct[visited[at : at + window]]) for edge, at in zip(edges, starts, strict=False)]
+    return order, windows
 
 
 @dataclass(frozen=True)
@@ -91,17 +116,30 @@ class EpochOrder:
 
     def __call__(self, epoch: int) -> np.ndarray:
         """(len,) int64: positions 0 to count - 1, in the order of that epoch."""
+        return self.with_windows(epoch)[0]
+
+    def with_windows(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
+        """The same, and which pages of the file are needed from where on in it; no windows unless quasi-random."""
         order = np.arange(self.count)
+        windows: list[Window] = []
         if self.kind == "random":
             order = epoch_order(order, self.seed, epoch)
         elif self.kind == "quasi_random":
             assert self.pages is not None
-            order = quasi_random_order(self.pages, self.seed, epoch)
+            order, windows = quasi_random_order(self.pages, self.seed, epoch)
+        if self.world_size == 1:
+            return order, windows
         everybody = len(self) * self.world_size
-        return np.resize(order, everybody)[self.rank :: self.world_size] if self.world_size > 1 else order
+        mine = np.resize(order, everybody)[self.rank :: self.world_size]
+        return np.ascontiguousarray(mine), [Window(w.start // self.world_size, w.pages) for w in windows]
 
 
 def sample_uniforms(count: int, seed: int, epoch: int, draws: int) -> np.ndarray:
-    """(count, draws) float64 in [0, 1): row i belongs to the sample of index i, whatever `count` is."""
-    bits = random_bits(count * draws, seed, epoch, AUGMENT_STREAM).reshape(count, draws)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    """(count, draws) float32 in [0, 1): row i belongs to the sample of index i, whatever `count` is."""
+    generator = _generator(seed, epoch, AUGMENT_STREAM)
+    uniforms = np.empty(count * draws, np.float32)
+    for start in range(0, len(uniforms), BLOCK):
+        part = uniforms[start : start + BLOCK]
+        part[:] = generator.random_raw(len(part)) >> np.uint64(40)  # 24 bits, all that a float32 holds
+    uniforms *= np.float32(2.0**-24)
+    return uniforms.reshape(count, draws)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+from fastmnist.data.epochs import Batch
+
+
+class Part(NamedTuple):
+    """Rows of the data, (n,) int64, in the order in which they are wanted; their transforms (n, 2, 3) float32."""
+
+    rows: np.ndarray
+    matrices: np.ndarray | None
 
 
 class _PinnedSlot:
@@ -21,9 +29,9 @@ class _PinnedSlot:
 
 
 def copied_batches(
-    parts: Iterator[np.ndarray],
+    parts: Iterator[Part],
     fill: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
-    finish: Callable[[torch.Tensor], torch.Tensor],
+    finish: Callable[[torch.Tensor, np.ndarray | None], torch.Tensor],
     size: tuple[int, int],
     device: torch.device,
     prefetch: int,
@@ -33,9 +41,9 @@ def copied_batches(
     No thread is needed: gathering a batch takes far less than a training step, which runs without the host.
 
     Args:
-        parts: for each batch the samples, (B,) int64.
-        fill: (part, images (B, bytes) uint8, labels (B,) int64): gathers into pinned memory.
-        finish: the copied rows (B, bytes) uint8 to what is handed out, on the device.
+        parts: one for each batch.
+        fill: (rows, images (B, bytes) uint8, labels (B,) int64): gathers into pinned memory.
+        finish: the copied bytes (B, bytes) uint8 and the part's transforms to what is handed out, on the device.
         size: (B, bytes) of a whole batch.
     """
     copies = torch.cuda.Stream(device)
@@ -45,10 +53,10 @@ def copied_batches(
         slot = slots[0]
         slots.rotate(-1)
         slot.copied.synchronize()  # its previous copy, long since done
-        count = len(part)
-        fill(part, slot.images.numpy()[:count], slot.labels.numpy()[:count])
+        count = len(part.rows)
+        fill(part.rows, slot.images.numpy()[:count], slot.labels.numpy()[:count])
         with torch.cuda.stream(copies):
-            images = finish(slot.images[:count].to(device, non_blocking=True))
+            images = finish(slot.images[:count].to(device, non_blocking=True), part.matrices)
             labels = slot.labels[:count].to(device, non_blocking=True)
             slot.copied.record(copies)
         ahead.append((images, labels, slot.copied))

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from fastmnist.config import TrainConfig
+from fastmnist.data.augment import Augmentation, warp_on_device
+from fastmnist.data.epochs import Batch, EpochLoader
 from fastmnist.data.kernels import Normaliser
-from fastmnist.data.loader import Batch, Loader
 from fastmnist.errors import ConfigError, FastmnistError
-from fastmnist.training.augment import draw_transforms, warp
 from fastmnist.training.precision import Precision
 
 Record = dict[str, Any]
@@ -44,7 +44,7 @@ def one_cycle(steps: int, peak: float, warmup: float) -> list[float]:
 
 
 class Trainer:
-    """Trains `model` on the batches of `loader` (uint8, drop_last, on the model's device).
+    """Trains `model` on the batches of `loader` (drop_last, on the model's device).
 
     Attributes:
         step: optimizer steps done.
@@ -53,12 +53,14 @@ class Trainer:
             form.
     """
 
-    def __init__(self, model: nn.Module, loader: Loader, config: TrainConfig, precision: Precision) -> None:
+    def __init__(self, model: nn.Module, loader: EpochLoader, config: TrainConfig, precision: Precision) -> None:
         assert config.epochs is not None
         self.model, self.loader, self.config, self.precision = model, loader, config, precision
         self.device = loader.device
         self.epochs = config.epochs
         self.normalise = Normaliser(*loader.file.moments, self.device)
+        on_device = config.augment and loader.dtype == torch.uint8
+        self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if on_device else None
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
@@ -91,11 +93,16 @@ class Trainer:
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augments, normalises, classifies; images (B, C, H, W) uint8, labels (B,), transforms (B, 2, 3) or None."""
+        """Augments, normalises, classifies; images (B, C, H, W) uint8, labels (B,), transforms (B, 2, 3) or None.
+
+        Images of a float type come augmented and normalised from their loader.
+        """
         values = images.to(torch.float32)
         if transforms is not None:
-            values = warp(values, transforms)
-        values = self.normalise(values).to(memory_format=torch.channels_last)
+            values = warp_on_device(values, transforms)
+        if images.dtype == torch.uint8:
+            values = self.normalise(values)
+        values = values.to(memory_format=torch.channels_last)
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
             logits = self.model(values)
@@ -104,20 +111,12 @@ class Trainer:
 
     def transforms(self, epoch: int) -> torch.Tensor | None:
         """(images of the epoch in their order, 2, 3) on the device; None without augmentation."""
-        config, file = self.config, self.loader.file
-        if not config.augment:
+        loader, augmentation = self.loader, self.augmentation
+        if augmentation is None:
             return None
-        drawn = draw_transforms(
-            self.loader.epoch_indices(epoch),
-            len(file),
-            config.seed,
-            epoch,
-            shift=config.shift,
-            rotation=config.rotation,
-            scale=config.scale,
-            image_size=file.image_shape[:2],
-        )
-        return drawn.to(self.device)
+        drawn = augmentation.draw(len(loader.file), loader.seed, epoch)[loader.epoch_indices(epoch)]
+        matrices = augmentation.matrices(drawn, loader.file.image_shape[:2])
+        return torch.from_numpy(matrices).to(self.device)
 
     def warm_up(self, passes: int = 1) -> float:
         """Forward and backward passes that leave no trace in the model: compiles, and finds what does not fit.
