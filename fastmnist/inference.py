@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fastmnist.data.beton import Beton
-from fastmnist.data.kernels import Normaliser
 from fastmnist.data.loader import Loader
+from fastmnist.data.normalise import Normaliser
 from fastmnist.data.picture import read_picture
 from fastmnist.data.prepare import prepare
 from fastmnist.errors import ConfigError, DataError

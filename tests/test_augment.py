@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
 from fastmnist.data.augment import Augmentation, warp_on_device
-from fastmnist.data.kernels import Normaliser
 from fastmnist.data.loader import Loader
+from fastmnist.data.normalise import Normaliser
 from fastmnist.data.warp import gather_warped
 from fastmnist.errors import ConfigError
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastmnist.data.writer as writer
-from fastmnist.data.beton import ALLOCATION, FIELD, HEADER, NDARRAY_ARGUMENTS, Beton
+from fastmnist.data.beton import Beton
+from fastmnist.data.format import ALLOCATION, FIELD, HEADER, NDARRAY_ARGUMENTS
 from fastmnist.data.writer import write_beton
 from fastmnist.errors import DataError, FastmnistError
 

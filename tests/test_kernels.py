@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from fastmnist.data.jit import jit
-from fastmnist.data.kernels import (
-    Normaliser,
-    gather,
-    gather_float32,
-    gather_looked_up,
-    normalisation_table,
-)
+from fastmnist.data.kernels import gather, gather_float32, gather_looked_up
+from fastmnist.data.normalise import Normaliser, normalisation_table
 
 TWO_BYTES = [torch.float16, torch.bfloat16]
 MOMENTS = {1: ((0.1307,), (0.3081,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}

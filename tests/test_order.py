@@ -11,12 +11,21 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fastmnist.data import order
-from fastmnist.data.order import AUGMENT_STREAM, ORDER_STREAM, epoch_order, random_bits, sample_uniforms
+from fastmnist.data.order import (
+    AUGMENT_STREAM,
+    ORDER_STREAM,
+    epoch_order,
+    quasi_random_order,
+    random_bits,
+    sample_uniforms,
+)
 
 SEEDS = st.integers(0, 2**64)
 EPOCHS = st.integers(0, 10_000)
 GOLDEN_10 = [2, 3, 5, 8, 4, 7, 6, 1, 9, 0]  # seed 0, epoch 0
 GOLDEN_60000 = {(0, 0): 0x519D9B2C, (7, 3): 0x45A47B0F}  # (seed, epoch): CRC-32 of the order as <i8
+GOLDEN_QUASI_RANDOM = {(0, 0): 0x6B731B24, (7, 3): 0x441C75C7}  # the same for 60,000 samples, 100 on each page
+GOLDEN_UNIFORMS = {(0, 0): 0xF4B09A09, (7, 3): 0x653FB4FB}  # of four draws for each of 1,000 samples, as <f4
 
 
 def shuffled(count: int, bits: list[int]) -> list[int]:
@@ -71,6 +80,11 @@ def test_order_is_that_of_every_version():
     assert epoch_order(np.arange(10), 0, 0).tolist() == GOLDEN_10
     for (seed, epoch), checksum in GOLDEN_60000.items():
         assert zlib.crc32(epoch_order(np.arange(60000), seed, epoch).astype("<i8").tobytes()) == checksum
+    for (seed, epoch), checksum in GOLDEN_QUASI_RANDOM.items():
+        found, _ = quasi_random_order(np.arange(60_000) // 100, seed, epoch)
+        assert zlib.crc32(found.astype("<i8").tobytes()) == checksum
+    for (seed, epoch), checksum in GOLDEN_UNIFORMS.items():
+        assert zlib.crc32(sample_uniforms(1000, seed, epoch, 4).astype("<f4").tobytes()) == checksum
 
 
 def test_bits_are_philoxs_with_numpys_seed_sequence():

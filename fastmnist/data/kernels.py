@@ -6,10 +6,7 @@ the samples of an epoch; start, the place in `order` of the batch's first sample
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 
 from fastmnist.data.jit import jit, prefetch
 
@@ -86,32 +83,3 @@ def gather_looked_up(data, offsets, order, start, table, out):  # type: ignore[n
             values = table[channel]
             for j in range(channel, size, channels):
                 out[i, j] = values[image[j]]
-
-
-class Normaliser:
-    """(B, C, H, W) pixel values 0 to 255 to (value / 255 - mean) / std, computed in float32.
-
-    The same operations in the same order as torchvision's ToTensor and Normalize, so the same bits. The constants are
-    tensors on the device because a GPU multiplies by the reciprocal of a Python number instead of dividing by it.
-
-    Args:
-        mean, std: per channel, of pixel values scaled to [0, 1].
-        device: of the images.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
-        self.byte, self.mean, self.std = (
-            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-            for values in ([255.0], mean, std)
-        )
-
-    def __call__(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return ((images.to(torch.float32) / self.byte - self.mean) / self.std).to(dtype)
-
-
-def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> np.ndarray:
-    """(C, 256) int16 that carry the bits of a Normaliser for every byte; dtype is float16 or bfloat16."""
-    every_byte = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, len(mean), 1, 256)
-    values = Normaliser(mean, std)(every_byte, dtype)
-    table: np.ndarray = values.reshape(len(mean), 256).contiguous().view(torch.int16).numpy()
-    return table

@@ -16,7 +16,8 @@ from fastmnist.data.beton import Beton, Verify
 from fastmnist.data.buffers import BufferPool
 from fastmnist.data.epochs import DTYPES, Batch, EpochLoader, check_choice
 from fastmnist.data.host import available_memory
-from fastmnist.data.kernels import Normaliser, gather, gather_float32, gather_looked_up, normalisation_table
+from fastmnist.data.kernels import gather, gather_float32, gather_looked_up
+from fastmnist.data.normalise import Normaliser, normalisation_table
 from fastmnist.data.order import Kind, Uneven, Window
 from fastmnist.data.paging import Paging
 from fastmnist.data.threads import Helpers

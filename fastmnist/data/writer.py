@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from fastmnist.data.beton import (
-    ALLOCATION,
-    FIELD,
-    FORMAT_VERSION,
-    HEADER,
-    INT_FIELD,
-    INTEGRITY_MAGIC,
-    LONGEST_SIDE,
-    MARKER,
-    NDARRAY_ARGUMENTS,
-    NDARRAY_FIELD,
-    Integrity,
-    Moments,
-)
+from fastmnist.data.format import LONGEST_SIDE
+from fastmnist.data.layout import PAGE_SIZE, Layout, page_size_for
+from fastmnist.data.moments import Moments
 from fastmnist.errors import DataError
 from fastmnist.files import replacing
-
-PAGE_SIZE = 1 << 21  # bytes; the smallest that FFCV's writer takes, and the size of a huge page
-SAMPLE = np.dtype([("image", "<u8"), ("label", "<i8")])
 
 Progress = Callable[[int, int], None]
 
@@ -88,48 +72,23 @@ def write_beton(
     path = Path(path)
     stream = ArrayStream(images) if isinstance(images, np.ndarray) else images
     labels = _checked_labels(stream, labels, class_names, path)
-    count, image_shape = stream.shape[0], stream.shape[1:]
-    image_size = int(np.prod(image_shape))
-    if page_size <= 0 or page_size & (page_size - 1):
-        raise ValueError(f"page_size is a power of 2, not {page_size}")
-    while page_size < image_size:
-        page_size *= 2
-    per_page = page_size // image_size
-    num_pages = -(-count // per_page)
-    channels = image_shape[2] if len(image_shape) == 3 else 1
-
-    integrity = Integrity(
+    image_shape = stream.shape[1:]
+    layout = Layout(
+        count=stream.shape[0],
+        image_shape=image_shape,
+        page_size=page_size_for(image_shape, page_size),
         dataset=dataset,
         split=split,
         class_names=tuple(class_names),
         source=source,
-        mean=(0.0,) * channels,
-        std=(1.0,) * channels,
-        page_checksums=np.zeros(num_pages, np.uint32),
-        file_size=0,
-        data_start=0,
-        head_checksum=0,
-        table_checksum=0,
     )
-    block_size = len(integrity.pack())
-    block_start = HEADER.itemsize + 2 * FIELD.itemsize + count * SAMPLE.itemsize
-    data_start = -(-(block_start + block_size) // page_size) * page_size
-    table_start = data_start + num_pages * page_size
-
-    number = np.arange(count, dtype=np.uint64)
-    addresses = data_start + number // per_page * page_size + number % per_page * image_size
-    head = _head(count, page_size, table_start, image_shape, block_start, block_size)
-    head += _rows(SAMPLE, image=addresses, label=labels)
-    table = _rows(ALLOCATION, sample_id=number, ptr=addresses, size=np.full(count, image_size))
-
-    file_size = table_start + len(table)
-    hint = f"{file_size / 1e6:,.0f} MB are needed there; make room or name another folder"
+    hint = f"{layout.file_size / 1e6:,.0f} MB are needed there; make room or name another folder"
     with replacing(path, hint=hint) as file:
-        file.seek(data_start)
-        sums, checksums = Moments(channels), []
-        page = np.zeros(page_size, np.uint8)
+        file.seek(layout.data_start)
+        sums, checksums = Moments(layout.channels), []
+        page = np.zeros(layout.page_size, np.uint8)
         done = 0
-        for block in _checked_blocks(stream, per_page, path):
+        for block in _checked_blocks(stream, layout.per_page, path):
             used = block.size
             page[:used] = block.reshape(-1)
             page[used:] = 0
@@ -138,21 +97,8 @@ def write_beton(
             file.write(page.data)
             done += len(block)
             if progress is not None:
-                progress(done, count)
-        file.write(table)
-        mean, std = sums.result()
-        integrity = replace(
-            integrity,
-            mean=mean,
-            std=std,
-            page_checksums=np.array(checksums, np.uint32),
-            file_size=file_size,
-            data_start=data_start,
-            head_checksum=zlib.crc32(head),
-            table_checksum=zlib.crc32(table),
-        )
-        file.seek(0)
-        file.write(head + integrity.pack())
+                progress(done, layout.count)
+        layout.write_around(file, labels, checksums, sums)
     return path
 
 
@@ -196,35 +142,3 @@ def _checked_blocks(stream: ImageStream, rows: int, path: Path) -> Iterator[np.n
             raise DataError(f"{path}: after {done} images its source gave {found} where {expected} uint8 was due")
         done += len(block)
         yield block
-
-
-def _head(
-    count: int, page_size: int, table: int, image_shape: tuple[int, ...], block_start: int, block_size: int
-) -> bytes:
-    header = np.zeros((), HEADER)
-    header["version"], header["num_fields"] = FORMAT_VERSION, 2
-    header["page_size"], header["num_samples"], header["alloc_table_ptr"] = page_size, count, table
-
-    described = np.zeros((), NDARRAY_ARGUMENTS)
-    described["shape"][: len(image_shape)] = image_shape
-    dtype = json.dumps(np.dtype("u1").descr).encode()
-    described["type_length"] = len(dtype)
-    marker = np.zeros((), MARKER)
-    marker["magic"], marker["offset"], marker["size"] = INTEGRITY_MAGIC, block_start, block_size
-
-    fields = np.zeros(2, FIELD)
-    contents = (
-        (NDARRAY_FIELD, b"image", described.tobytes() + dtype),
-        (INT_FIELD, b"label", marker.tobytes()),
-    )
-    for descriptor, (type_id, name, arguments) in zip(fields, contents, strict=True):
-        descriptor["type_id"], descriptor["name"] = type_id, name
-        descriptor["arguments"][: len(arguments)] = np.frombuffer(arguments, np.uint8)
-    return header.tobytes() + fields.tobytes()
-
-
-def _rows(dtype: np.dtype[np.void], **columns: np.ndarray) -> bytes:
-    rows = np.zeros(len(next(iter(columns.values()))), dtype)
-    for name, column in columns.items():
-        rows[name] = column
-    return rows.tobytes()

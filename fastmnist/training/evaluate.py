@@ -11,8 +11,8 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from torch.nn import functional
 
-from fastmnist.data.kernels import Normaliser
 from fastmnist.data.loader import Loader
+from fastmnist.data.normalise import Normaliser
 
 EVALUATION_BATCH = 500
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastmnist.config import TrainConfig
 from fastmnist.data.augment import Augmentation, warp_on_device
 from fastmnist.data.epochs import Batch, EpochLoader
-from fastmnist.data.kernels import Normaliser
+from fastmnist.data.normalise import Normaliser
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.training.precision import Precision
 
