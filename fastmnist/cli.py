@@ -86,6 +86,13 @@ def _describe_compile() -> Parser:
     parser = _parser("Compile a dataset: source to <dataset>-train.beton and <dataset>-test.beton.")
     _add_data_flags(parser, dataset=True)
     parser.add_argument("--output", type=Optional[str], help="Folder for the files; by default the user's cache.")
+    parser.add_argument(
+        "--expand",
+        type=Optional[int],
+        metavar="N",
+        help="Also write <dataset>-train-x<N>.beton, N deformed copies of each training image.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the copies' deformations.")
     return parser
 
 
@@ -95,7 +102,15 @@ def _compile(options: Any, arguments: Sequence[str]) -> int:
 
     reporter = Reporter()
     begun = time.perf_counter()
-    files = compile_dataset(options.dataset, options.data_dir, options.output, progress=reporter.compiling)
+    files = compile_dataset(
+        options.dataset,
+        options.data_dir,
+        options.output,
+        progress=reporter.compiling,
+        expand=options.expand,
+        seed=options.seed,
+        say=reporter.say,
+    )
     seconds = time.perf_counter() - begun
     for file in files:
         reporter.say(f"{file.path}: {file.samples:,} samples, {file.status}")

@@ -1,4 +1,4 @@
-"""From a dataset's name to its two compiled files, written where they are missing or their source has changed."""
+"""From a dataset's name to its compiled files, written where they are missing or their source has changed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Literal
 import platformdirs
 
 from fastmnist.data import datasets
-from fastmnist.data.beton import Beton
-from fastmnist.data.writer import write_beton
+from fastmnist.data.beton import Beton, Verify
+from fastmnist.data.writer import Progress, write_beton
 from fastmnist.errors import DataError
 
 Status = Literal["written", "current", "replaced: its source changed", "replaced: it was damaged"]
@@ -24,7 +24,10 @@ FALLBACK = "digits"
 
 @dataclass(frozen=True)
 class CompiledFile:
-    """One compiled split: where it is, how many samples, and whether it had to be written."""
+    """One compiled split: where it is, how many samples, and whether it had to be written.
+
+    split: "train", "test", or "train-x<factor>" for the expanded training set.
+    """
 
     path: Path
     split: str
@@ -65,8 +68,13 @@ def compile_dataset(
     *,
     progress: CompileProgress | None = None,
     rewrite_damaged: bool = True,
+    expand: int | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> list[CompiledFile]:
     """Compiles both splits of a dataset; a file that is there, whole and current is left as it is.
+
+    With `expand`, a third file holds that many deformed copies of each training image.
 
     Args:
         dataset: a name from `datasets.NAMES`.
@@ -74,11 +82,20 @@ def compile_dataset(
         output: the folder for the `.beton` files; by default the cache.
         progress: called after each page.
         rewrite_damaged: replace a file that is damaged; otherwise that is an error, and only sizes are checked.
+        expand: copies of each training image, at least 1; None for no third file.
+        seed: of the copies' deformations, 0 or more; each is a pure function of (seed, index).
+        say: told in a sentence when an interrupted file is gone on with.
 
     Raises:
-        DataError: the source cannot be used. FastmnistError: a file cannot be written.
+        DataError: the source cannot be used. FastmnistError: a file cannot be written. ConfigError: a number of copies
+        or a seed that cannot be.
     """
     datasets.check_name(dataset)
+    if expand is not None:
+        # Here, because it brings numba.
+        from fastmnist.data import expand as expansion
+
+        expansion.check_expansion(expand, seed)
     folder = cache_folder(output)
 
     def source_folder() -> Path:
@@ -90,7 +107,6 @@ def compile_dataset(
         path = compiled_path(dataset, split, folder)
         status = _status(path, source.fingerprint, rewrite_damaged)
         if status != "current":
-            report = None if progress is None else lambda done, n, path=path: progress(path, done, n)  # type: ignore[misc]
             write_beton(
                 path,
                 source.images,
@@ -99,17 +115,32 @@ def compile_dataset(
                 dataset=dataset,
                 split=split,
                 source=source.fingerprint,
-                progress=report,
+                progress=_report(progress, path),
             )
         compiled.append(CompiledFile(path, split, len(source.labels), status))
+    if expand is not None:
+        with Beton(compiled[0].path) as train:
+            assert train.integrity is not None
+            split = f"{compiled[0].split}-x{expand}"
+            path = compiled_path(dataset, split, folder)
+            fingerprint = expansion.expanded_source(train.integrity.source, expand, seed)
+            # The size is enough: to read gigabytes at each call is not worth it, `fastmnist verify` does it.
+            status = _status(path, fingerprint, rewrite_damaged, "size")
+            if status != "current":
+                expansion.write_expanded(path, train, expand, seed, progress=_report(progress, path), say=say)
+            compiled.append(CompiledFile(path, split, len(train) * expand, status))
     return compiled
 
 
-def _status(path: Path, fingerprint: str, rewrite_damaged: bool) -> Status:
+def _report(progress: CompileProgress | None, path: Path) -> Progress | None:
+    return None if progress is None else lambda done, n: progress(path, done, n)
+
+
+def _status(path: Path, fingerprint: str, rewrite_damaged: bool, verify: Verify = "full") -> Status:
     if not path.exists():
         return "written"
     try:
-        with Beton(path, verify="full" if rewrite_damaged else "size") as file:
+        with Beton(path, verify=verify if rewrite_damaged else "size") as file:
             current = file.integrity is not None and file.integrity.source == fingerprint
     except DataError:
         if not rewrite_damaged:
