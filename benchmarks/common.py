@@ -1,9 +1,12 @@
-"""What the scripts here share: their two flags, and a result that says where it comes from."""
+"""What the scripts here share: their two flags, a clock, and a result that says where it comes from."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,16 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's four IDX files, .gz")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     return parser
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def summarise(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def report(result: dict[str, Any], output: Path | None) -> None:
