@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastmnist.data import host
 from fastmnist.data import loader as loader_module
 from fastmnist.data.host import available_memory
 from fastmnist.data.loader import Loader
 from fastmnist.data.order import EpochOrder, epoch_order, quasi_random_order
+from fastmnist.data.paging import Paging
 from fastmnist.errors import ConfigError, DataError
 
 
@@ -172,3 +174,53 @@ def test_available_memory_is_plausible() -> None:
 
 def test_one_process_has_the_plain_order() -> None:
     assert np.array_equal(EpochOrder(50, "random", 7)(3), epoch_order(np.arange(50), 7, 3))
+
+
+GROUPS = {
+    "old": ("5:memory:/a/b\n0::/\n", "memory/a/b", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "old, set around it": ("5:memory:/a/b\n", "memory/a", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "new": ("0::/a/b\n", "a/b", "memory.max", "memory.current"),
+    "in a container": ("0::/../../outside\n", "", "memory.max", "memory.current"),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A container's memory is what its group may have, not what the machine has."""
+    lines, folder, limit, usage = GROUPS[kind]
+    monkeypatch.setattr(host, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")
+    whole = available_memory()
+    (tmp_path / "cgroup").write_text(lines)
+    assert available_memory() > 0.5 * whole
+    group = tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    (group / limit).write_text("1000000\n")
+    (group / usage).write_text("700000\n")
+    (group / "memory.stat").write_text("cache 1\nactive_file 100000\ninactive_file 50000\n")
+    assert available_memory() == 450_000
+    (group / limit).write_text("max\n")
+    assert available_memory() > 0.5 * whole
+
+
+def test_paging_reads_one_window_ahead_and_gives_back_what_is_past() -> None:
+    class File:
+        def __init__(self) -> None:
+            self.present: set[int] = set()
+
+        def advise(self, pages: np.ndarray, needed: bool) -> None:
+            assert needed == self.present.isdisjoint(pages.tolist())
+            (self.present.update if needed else self.present.difference_update)(pages.tolist())
+
+    pages = np.arange(10_000) // 100
+    order, windows = quasi_random_order(pages, 3, 1, window=8)
+    file = File()
+    paging = Paging(file, windows)  # type: ignore[arg-type]
+    most = 0
+    for start in range(0, len(order), 250):
+        stop = min(start + 250, len(order))
+        paging.move(start, stop)
+        assert set(pages[order[start:stop]].tolist()) <= file.present
+        most = max(most, len(file.present))
+    assert 16 <= most <= 3 * 8  # at an edge two windows are read, a third one is on its way
+    assert len(file.present) <= 16
