@@ -1,9 +1,10 @@
-"""A quasi-random epoch over a file that does not fit into memory, against reading that file from end to end.
+"""A quasi-random epoch over a file that does not fit into memory, against reading that file: from end to end, and
+its pages of 2 MiB in random order.
 
     python benchmarks/larger_than_memory.py --data-dir FOLDER --folder BIG_DISK \\
         --output benchmarks/results/larger_than_memory.json
 
-Both in new processes, in turn, with nothing of the file in the page cache, in a control group of its own that may use
+All in new processes, in turn, with nothing of the file in the page cache, in a control group of its own that may use
 1 GB, page cache included (Linux, and the right to make control groups: root). The file is the one that
 `fastmnist compile --expand 135` writes: 8.1 million images, 6.4 GB; it is made where it is missing, and stays.
 """
@@ -31,8 +32,9 @@ with Loader(sys.argv[1], 2048, device="cpu") as loader:
     images = sum(len(labels) for _, labels in loader)
     ended = time.perf_counter()
     bytes_read = images * loader.file.image_size
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     print(json.dumps({"opening_seconds": opened - begun, "seconds": ended - opened, "bytes": bytes_read,
-        "images": images, "order": loader.order}))
+        "images": images, "order": loader.order, "resident_megabytes": int(status["VmHWM"].split()[0]) / 1e3}))
 """
 READ = """
 import json, sys, time
@@ -44,6 +46,22 @@ with open(sys.argv[1], "rb", buffering=0) as file:
         total += count
 print(json.dumps({"seconds": time.perf_counter() - begun, "bytes": total}))
 """
+READ_PAGES = """
+import json, os, random, sys, time
+
+size = 2 << 20
+block = bytearray(size)
+begun = time.perf_counter()
+with open(sys.argv[1], "rb", buffering=0) as file:
+    starts = list(range(0, os.fstat(file.fileno()).st_size - size, size))
+    random.Random(0).shuffle(starts)
+    for at, start in enumerate(starts):
+        for coming in starts[at : at + 3]:
+            os.posix_fadvise(file.fileno(), coming, size, os.POSIX_FADV_WILLNEED)
+        os.preadv(file.fileno(), [block], start)
+print(json.dumps({"seconds": time.perf_counter() - begun, "bytes": size * len(starts)}))
+"""
+SIDES = {"read": READ, "read_pages": READ_PAGES, "epoch": EPOCH}
 
 
 @contextmanager
@@ -89,10 +107,10 @@ def main() -> None:
         command = ["fastmnist", "compile", "--expand", str(options.factor), "--output", str(options.folder)]
         subprocess.run([*command, "--data-dir", str(options.data_dir)], check=True)
     os.sync()  # what is still to be written cannot leave the page cache
-    rows: dict[str, list[dict[str, Any]]] = {"epoch": [], "read": []}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     with control_group(options.limit) as group:
         for _ in range(options.repeats):
-            for name, script in (("read", READ), ("epoch", EPOCH)):
+            for name, script in SIDES.items():
                 rows[name].append(in_group(group, script, path))
                 print(name, rows[name][-1], flush=True)
     speeds = {name: [row["megabytes_per_second"] for row in found] for name, found in rows.items()}
@@ -100,11 +118,14 @@ def main() -> None:
         "file_megabytes": path.stat().st_size / 1e6,
         "limit_megabytes": options.limit / 1e6,
         "order": rows["epoch"][0]["order"],
-        "epoch_megabytes_per_second": summarise(speeds["epoch"]),
-        "read_megabytes_per_second": summarise(speeds["read"]),
-        "epoch_over_read": summarise([a / b for a, b in zip(speeds["epoch"], speeds["read"], strict=True)]),
+        **{f"{name}_megabytes_per_second": summarise(values) for name, values in speeds.items()},
+        **{
+            f"epoch_over_{name}": summarise([a / b for a, b in zip(speeds["epoch"], speeds[name], strict=True)])
+            for name in ("read", "read_pages")
+        },
         "epoch_images_per_second": summarise([row["images"] / row["seconds"] for row in rows["epoch"]]),
         "opening_seconds": summarise([row["opening_seconds"] for row in rows["epoch"]]),
+        "peak_resident_megabytes": summarise([row["resident_megabytes"] for row in rows["epoch"]]),
         "peak_megabytes_of_group": summarise([row["peak_megabytes_of_group"] for row in rows["epoch"]]),
     }
     report(result, options.output)

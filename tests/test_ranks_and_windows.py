@@ -1,6 +1,7 @@
 """How an epoch is dealt to several processes, and how a file larger than memory is shuffled."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from fastmnist.data import host
 from fastmnist.data import loader as loader_module
+from fastmnist.data import order as order_module
 from fastmnist.data.host import available_memory
 from fastmnist.data.loader import Loader
 from fastmnist.data.order import EpochOrder, epoch_order, quasi_random_order
-from fastmnist.data.paging import Paging
 from fastmnist.errors import ConfigError, DataError
 
 
@@ -203,24 +204,44 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert available_memory() > 0.5 * whole
 
 
-def test_paging_reads_one_window_ahead_and_gives_back_what_is_past() -> None:
-    class File:
-        def __init__(self) -> None:
-            self.present: set[int] = set()
+@given(
+    window=st.integers(1, 20),
+    batch_size=st.sampled_from([1, 7, 64, 1000]),
+    epoch=st.integers(0, 3),
+    first=st.integers(0, 5),
+    subset=st.booleans(),
+    ranks=st.integers(1, 3),
+)
+def test_windows_are_read_as_they_are_mapped(
+    paged: Path, window: int, batch_size: int, epoch: int, first: int, subset: bool, ranks: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order_module, "WINDOW_PAGES", window)
+        patch.setattr(quasi_random_order, "__defaults__", (window,))
+        patch.setattr(loader_module, "SAMPLES_AT_A_TIME", 100)
+        indices = np.arange(999, 200, -2) if subset else None
+        options = {"indices": indices, "rank": ranks - 1, "world_size": ranks, "dtype": torch.uint8}
+        with Loader(paged, batch_size, device="cpu", order="quasi_random", **options) as loader:
+            batch = min(first, len(loader) - 1)
+            loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batch": batch})
+            taken = loader.epoch_indices(epoch)[batch * batch_size :]
+            found = list(loader)
+            assert np.array_equal(
+                torch.cat([images for images, _ in found]).permute(0, 2, 3, 1).numpy(), loader.file.images(taken)
+            )
+            assert np.array_equal(torch.cat([labels for _, labels in found]).numpy(), loader.file.labels[taken])
 
-        def advise(self, pages: np.ndarray, needed: bool) -> None:
-            assert needed == self.present.isdisjoint(pages.tolist())
-            (self.present.update if needed else self.present.difference_update)(pages.tolist())
 
-    pages = np.arange(10_000) // 100
-    order, windows = quasi_random_order(pages, 3, 1, window=8)
-    file = File()
-    paging = Paging(file, windows)  # type: ignore[arg-type]
-    most = 0
-    for start in range(0, len(order), 250):
-        stop = min(start + 250, len(order))
-        paging.move(start, stop)
-        assert set(pages[order[start:stop]].tolist()) <= file.present
-        most = max(most, len(file.present))
-    assert 16 <= most <= 3 * 8  # at an edge two windows are read, a third one is on its way
-    assert len(file.present) <= 16
+def test_a_file_that_is_cut_within_an_epoch_is_an_error(paged: Path, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "cut.beton"
+    path.write_bytes(paged.read_bytes())
+    monkeypatch.setattr(quasi_random_order, "__defaults__", (2,))
+    monkeypatch.setattr(loader_module, "SAMPLES_AT_A_TIME", 64)
+    with Loader(path, 64, device="cpu", order="quasi_random") as loader:
+        batches = iter(loader)
+        next(batches)
+        os.truncate(path, 3000)
+        with pytest.raises(DataError, match=r"cut\.beton: ends at byte [0-9,]+ of 58,816"):
+            list(batches)
+        path.write_bytes(paged.read_bytes())
+        assert len(list(loader)) == len(loader)

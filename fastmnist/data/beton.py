@@ -53,6 +53,7 @@ class Beton:
         offsets: (N,) int64, where each image starts in `data`.
         labels: (N,) int64.
         image_shape: (H, W, C).
+        descriptor: of the open file, for reads that pass by the map.
         image_field, label_field: the fields' names, which FFCV's pipelines ask for.
         integrity: what our own writer added; None for a file that FFCV wrote.
 
@@ -112,14 +113,13 @@ class Beton:
             )
         self._check_labels()
         self.closed = False
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.data: np.ndarray = np.frombuffer(self._map, np.uint8)
+        self.data: np.ndarray = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
     def _keep_descriptor(self, file: BinaryIO) -> None:
         """Kept open so that what was mapped can be told from what is at the path later on."""
-        self._descriptor = os.dup(file.fileno())
-        self._release = weakref.finalize(self, os.close, self._descriptor)
-        self._changed = os.fstat(self._descriptor).st_mtime_ns
+        self.descriptor = os.dup(file.fileno())
+        self._release = weakref.finalize(self, os.close, self.descriptor)
+        self._changed = os.fstat(self.descriptor).st_mtime_ns
 
     def check_unchanged(self) -> None:
         """Raises DataError when the file was deleted, replaced, cut or rewritten since it was opened.
@@ -133,7 +133,7 @@ class Beton:
         except OSError as error:
             what = "was deleted" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error.strerror})"
             raise DataError(f"{self.path} {what} while it was open; {advice}") from None
-        here = os.fstat(self._descriptor)
+        here = os.fstat(self.descriptor)
         if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
             raise DataError(f"{self.path} was replaced by another file while it was open; {advice}")
         if here.st_size != self.file_size:
@@ -141,7 +141,7 @@ class Beton:
                 f"{self.path} had {self.file_size:,} bytes when it was opened and has {here.st_size:,} now; {advice}"
             )
         try:
-            end = os.pread(self._descriptor, LAST_BYTES, max(self.file_size - LAST_BYTES, 0))
+            end = os.pread(self.descriptor, LAST_BYTES, max(self.file_size - LAST_BYTES, 0))
         except OSError as error:
             raise DataError(f"{self.path}: its end cannot be read: {error.strerror}; {advice}") from None
         if len(end) != min(LAST_BYTES, self.file_size):
@@ -278,14 +278,6 @@ class Beton:
         """Tells this file's content from another's: for our files over all bytes, for FFCV's over labels and size."""
         checksum = zlib.crc32(self.integrity.pack() if self.integrity else self.data[: self._head_size].tobytes())
         return f"{self.file_size}-{checksum:08x}"
-
-    def advise(self, pages: np.ndarray, needed: bool) -> None:
-        """Tells the system that pages (n,) of the file are `needed` soon, or that their memory is no more."""
-        advice = mmap.MADV_WILLNEED if needed else mmap.MADV_DONTNEED
-        for page in np.sort(pages).tolist():
-            start = page * self.page_size
-            aligned = start - start % mmap.PAGESIZE
-            self._map.madvise(advice, aligned, min(start + self.page_size, self.file_size) - aligned)
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """Copies of the images at `indices` (n,) int: (n, H, W, C) uint8. For looking; batches come from Loader."""

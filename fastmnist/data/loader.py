@@ -19,7 +19,7 @@ from fastmnist.data.host import available_memory
 from fastmnist.data.kernels import gather, gather_float32, gather_looked_up
 from fastmnist.data.normalise import Normaliser, normalisation_table
 from fastmnist.data.order import Kind, Uneven, Window
-from fastmnist.data.paging import Paging
+from fastmnist.data.paging import WindowReader
 from fastmnist.data.threads import Helpers
 from fastmnist.data.transfer import Part, copied_batches
 from fastmnist.data.warp import gather_warped
@@ -120,6 +120,7 @@ class Loader(EpochLoader):
             verify=verify,
         )
         self.threads, self.prefetch, self.reuse_buffers = threads, prefetch, reuse_buffers
+        self._reading = Helpers(1)
         self._prepare()
 
     @property
@@ -208,8 +209,8 @@ class Loader(EpochLoader):
         drawn = None
         if self.augment is not None:
             drawn = self.augment.draw(len(self.file), self.seed, epoch)
-        paging = Paging(self.file, windows)
         step = max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
+        reader = WindowReader(self.file, windows, step, self._reading) if len(windows) > 1 else None
         for start in range(first * self.batch_size, self._taken, step):
             stop = min(start + step, self._taken)
             part = rows[start:stop]
@@ -217,22 +218,23 @@ class Loader(EpochLoader):
             if self.augment is not None and drawn is not None:
                 of_samples = part if samples is None else samples[part]
                 matrices = self.augment.matrices(drawn[of_samples], self.file.image_shape[:2])
-            paging.move(start, stop)
-            yield Part(part, matrices)
+            if reader is None:
+                yield Part(part, matrices, self._data, self._offsets, part)
+            else:
+                yield Part(part, matrices, reader.data, reader.offsets(part, start), np.arange(len(part)))
 
     def _host_batches(self, groups: Iterator[Part]) -> Iterator[Batch]:
-        size, pool, together = self.batch_size, self._pool, self._together
-        data, offsets, labels = self._data, self._offsets, self._labels  # which helpers may still read after close()
+        size, pool, together, labels = self.batch_size, self._pool, self._together, self._labels
         finish = self.device.type != "cpu" or self.dtype != pool.dtype
         for group in groups:
-            rows, matrices = group
+            rows, matrices, data, offsets, order = group
             constants = self._constants if matrices is None else (matrices, *self._constants)
             targets = torch.from_numpy(labels[rows]).split(size)
             for first in range(0, len(targets), together):
                 start = first * size
                 stop = min(start + together * size, len(rows))
                 taken = [pool.take(min(size, stop - at)) for at in range(start, stop, size)]
-                job = (self._kernel, data, offsets, rows, start, constants, taken, size)
+                job = (self._kernel, data, offsets, order, start, constants, taken, size)
                 cuts = self._cuts(stop - start)
                 pieces = [(end, self._helpers.submit(_fill, *job, begin, end)) for begin, end in pairwise(cuts[1:])]
                 _fill(*job, 0, cuts[1])
@@ -264,12 +266,11 @@ class Loader(EpochLoader):
         """The same, batch by batch."""
         for group in groups:
             for start in range(0, len(group.rows), self.batch_size):
-                chosen = slice(start, start + self.batch_size)
-                yield Part(group.rows[chosen], None if group.matrices is None else group.matrices[chosen])
+                yield group.cut(start, start + self.batch_size)
 
-    def _fill(self, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        self._kernel(self._data, self._offsets, rows, 0, *self._constants, images)
-        np.take(self._labels, rows, out=labels, mode="clip")  # "raise" would copy through a buffer
+    def _fill(self, part: Part, images: np.ndarray, labels: np.ndarray) -> None:
+        self._kernel(part.data, part.offsets, part.order, 0, *self._constants, images)
+        np.take(self._labels, part.rows, out=labels, mode="clip")  # "raise" would copy through a buffer
 
     def _finish(self, images: torch.Tensor, matrices: np.ndarray | torch.Tensor | None) -> torch.Tensor:
         """What is left to do on the device: images uint8 (B, C, H, W), or their bytes (B, H * W * C)."""
@@ -294,6 +295,7 @@ class Loader(EpochLoader):
 
     def close(self) -> None:
         self._helpers.end()
+        self._reading.end()
         self._data = np.empty(0, np.uint8)
         self._device_images = self._device_labels = torch.empty(0)
         super().close()
@@ -325,7 +327,7 @@ def _fill(
     kernel: Callable[..., None],
     data: np.ndarray,
     offsets: np.ndarray,
-    rows: np.ndarray,
+    order: np.ndarray,
     start: int,
     constants: tuple[Any, ...],
     taken: list[tuple[np.ndarray, torch.Tensor]],
@@ -333,7 +335,7 @@ def _fill(
     begin: int,
     end: int,
 ) -> None:
-    """Gathers rows `start` + `begin` to `start` + `end` into the batches `taken`, `size` rows in each.
+    """Gathers places `start` + `begin` to `start` + `end` of `order` into the batches `taken`, `size` in each.
 
     The batches' tensors are among the arguments so that their memory is nobody else's before this is done.
     """
@@ -341,5 +343,5 @@ def _fill(
         number, within = divmod(begin, size)
         memory = taken[number][0]
         count = min(len(memory) - within, end - begin)
-        kernel(data, offsets, rows, start + begin, *constants, memory[within : within + count])
+        kernel(data, offsets, order, start + begin, *constants, memory[within : within + count])
         begin += count

@@ -130,8 +130,17 @@ class EpochOrder:
         if self.world_size == 1:
             return order, windows
         everybody = len(self) * self.world_size
-        mine = np.resize(order, everybody)[self.rank :: self.world_size]
-        return np.ascontiguousarray(mine), [Window(w.start // self.world_size, w.pages) for w in windows]
+        mine = np.ascontiguousarray(np.resize(order, everybody)[self.rank :: self.world_size])
+        windows = [Window(self._turn(w.start), w.pages) for w in windows]
+        if windows and self._turn(self.count) < len(mine):  # it was padded with what comes first
+            again = self._turn(self.count)
+            assert self.pages is not None
+            windows.append(Window(again, np.unique(self.pages[mine[again:]])))
+        return mine, windows
+
+    def _turn(self, place: int) -> int:
+        """How many places before `place` in the order of all are this process's."""
+        return max(0, -((self.rank - place) // self.world_size))
 
 
 def sample_uniforms(count: int, seed: int, epoch: int, draws: int) -> np.ndarray:

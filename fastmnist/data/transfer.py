@@ -13,10 +13,23 @@ from fastmnist.data.epochs import Batch
 
 
 class Part(NamedTuple):
-    """Rows of the data, (n,) int64, in the order in which they are wanted; their transforms (n, 2, 3) float32."""
+    """Samples in the order in which they are wanted, and where their images are.
+
+    rows (n,) int64: of the labels. matrices (n, 2, 3) float32: transforms, if any. data (bytes,) uint8; image i begins
+    at offsets[order[i]], order (n,) int64.
+    """
 
     rows: np.ndarray
     matrices: np.ndarray | None
+    data: np.ndarray
+    offsets: np.ndarray
+    order: np.ndarray
+
+    def cut(self, start: int, stop: int) -> Part:
+        """Those from `start` to `stop`."""
+        chosen = slice(start, stop)
+        matrices = None if self.matrices is None else self.matrices[chosen]
+        return Part(self.rows[chosen], matrices, self.data, self.offsets, self.order[chosen])
 
 
 class _PinnedSlot:
@@ -30,7 +43,7 @@ class _PinnedSlot:
 
 def copied_batches(
     parts: Iterator[Part],
-    fill: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
+    fill: Callable[[Part, np.ndarray, np.ndarray], None],
     finish: Callable[[torch.Tensor, np.ndarray | None], torch.Tensor],
     size: tuple[int, int],
     device: torch.device,
@@ -42,7 +55,7 @@ def copied_batches(
 
     Args:
         parts: one for each batch.
-        fill: (rows, images (B, bytes) uint8, labels (B,) int64): gathers into pinned memory.
+        fill: (part, images (B, bytes) uint8, labels (B,) int64): gathers into pinned memory.
         finish: the copied bytes (B, bytes) uint8 and the part's transforms to what is handed out, on the device.
         size: (B, bytes) of a whole batch.
     """
@@ -54,7 +67,7 @@ def copied_batches(
         slots.rotate(-1)
         slot.copied.synchronize()  # its previous copy, long since done
         count = len(part.rows)
-        fill(part.rows, slot.images.numpy()[:count], slot.labels.numpy()[:count])
+        fill(part, slot.images.numpy()[:count], slot.labels.numpy()[:count])
         with torch.cuda.stream(copies):
             images = finish(slot.images[:count].to(device, non_blocking=True), part.matrices)
             labels = slot.labels[:count].to(device, non_blocking=True)
