@@ -13,6 +13,7 @@ from fastmnist.errors import ConfigError
 
 Stem = Literal["imagenet", "stride2", "cifar"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
+LoaderName = Literal["ours", "ffcv", "dataloader", "tuned", "tensors"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "cudagraphs"]
 
 
@@ -39,14 +40,21 @@ class DataConfig:
     batch_size: int = 128
     """Images per training step."""
 
+    loader: LoaderName = "ours"
+    """What loads the training images, to compare with ours: FFCV's loader on the same file, a DataLoader as notebooks
+    write it, a tuned one, or all images as tensors on the device."""
+
+    workers: Optional[int] = None
+    """Processes of a DataLoader (by default 0, tuned: as many as pay) or threads of FFCV (by default 1)."""
+
     placement: Literal["auto", "resident", "stream"] = "auto"
-    """Where the images are: all in the device's memory, or streamed from the file."""
+    """Where the images are (ours): all in the device's memory, or streamed from the file."""
 
     threads: int = 0
-    """Threads that gather a batch on the host; 0 takes as many as pay."""
+    """Threads that gather a batch on the host (ours); 0 takes as many as pay."""
 
     prefetch: int = 3
-    """Batches on their way to a GPU ahead of the current one."""
+    """Batches on their way to a GPU ahead of the current one (ours)."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,7 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
         for name, low, high in (
             ("val_size", 0, math.inf),
             ("batch_size", 2, math.inf),  # batch normalisation needs two
+            ("workers", 0, 64),
             ("threads", 0, 1024),
             ("prefetch", 0, 64),
             ("epochs", 1, math.inf),

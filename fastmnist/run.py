@@ -325,6 +325,7 @@ class _Run:
             "amp": self.precision.name,
             "compile": self.compile_mode,
             "compile_reason": self.compile_reason,
+            "loader": config.loader,
             "dataset": config.dataset,
             "data_note": self.files.note,
             "train_images": len(self.loaders.train.indices),

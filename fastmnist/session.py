@@ -11,7 +11,10 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from fastmnist.config import TrainConfig
+from fastmnist.data.augment import Augmentation
+from fastmnist.data.baselines import LOADERS
 from fastmnist.data.beton import Beton
+from fastmnist.data.epochs import EpochLoader
 from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import CompileProgress, prepare
 from fastmnist.errors import ConfigError, DataError
@@ -40,7 +43,7 @@ class RunFiles:
 class RunLoaders:
     """train drops the last, partial batch; validation is None without a split; both others keep the file's order."""
 
-    train: Loader
+    train: EpochLoader
     validation: Loader | None
     test: Loader
 
@@ -93,30 +96,43 @@ def _absolute(folder: str | None) -> str | None:
 
 
 def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> RunLoaders:
-    """The loaders of a resolved configuration, their batches as uint8 on `device`."""
+    """The loaders of a resolved configuration, their batches on `device`; `config.loader` names that for training."""
     training, validation = _split(files.train, config)
 
-    def loader(file: Beton, batch_size: int, **options: Any) -> Loader:
-        return Loader(
-            file,
-            batch_size,
-            device=device,
-            placement=config.placement,
-            threads=config.threads,
-            prefetch=config.prefetch,
-            rank=0,  # one process; a sharded evaluation would be wrong in silence
-            world_size=1,
-            **options,
-        )
+    common: dict[str, Any] = {
+        "device": device,
+        "rank": 0,  # one process; a sharded evaluation would be wrong in silence
+        "world_size": 1,
+    }
+    ours: dict[str, Any] = {"placement": config.placement, "threads": config.threads, "prefetch": config.prefetch}
 
-    held_out = None
-    if validation is not None:
-        held_out = loader(files.train, EVALUATION_BATCH, shuffle=False, indices=validation)
+    def evaluation(file: Beton, indices: np.ndarray | None) -> Loader:
+        return Loader(file, EVALUATION_BATCH, shuffle=False, indices=indices, **common, **ours)
+
+    of_kind = ours if config.loader == "ours" else _settings_of_another(config)
     return RunLoaders(
-        train=loader(files.train, config.batch_size, seed=config.seed, indices=training, drop_last=True),
-        validation=held_out,
-        test=loader(files.test, EVALUATION_BATCH, shuffle=False),
+        train=LOADERS[config.loader](
+            files.train,
+            config.batch_size,
+            seed=config.seed,
+            indices=training,
+            drop_last=True,
+            **common,
+            **of_kind,
+        ),
+        validation=None if validation is None else evaluation(files.train, validation),
+        test=evaluation(files.test, None),
     )
+
+
+def _settings_of_another(config: TrainConfig) -> dict[str, Any]:
+    """What a loader other than ours is given of its own."""
+    settings: dict[str, Any] = {}
+    if config.workers is not None and config.loader != "tensors":
+        settings["workers"] = config.workers
+    if config.loader == "dataloader" and config.augment:  # sample by sample; the Trainer augments the others' batches
+        settings["augment"] = Augmentation(config.shift, config.rotation, config.scale)
+    return settings
 
 
 def _split(file: Beton, config: TrainConfig) -> tuple[np.ndarray, np.ndarray | None]:

@@ -12,10 +12,11 @@ from fastmnist.errors import ConfigError
 # fmt: off
 TRAIN_FLAGS = [
     "--amp", "--augment", "--batch-size", "--cache-dir", "--compile", "--config", "--data-dir", "--dataset",
-    "--debug", "--device", "--epochs", "--json", "--label-smoothing", "--learning-rate", "--log-every", "--model",
-    "--momentum", "--no-augment", "--no-quiet", "--no-tensorboard", "--optimizer", "--out", "--placement",
+    "--debug", "--device", "--epochs", "--json", "--label-smoothing", "--learning-rate", "--loader", "--log-every",
+    "--model", "--momentum", "--no-augment", "--no-quiet", "--no-tensorboard", "--optimizer", "--out", "--placement",
     "--prefetch", "--quiet", "--resume", "--rotation", "--scale", "--seed", "--shift", "--stem", "--tensorboard",
     "--threads", "--val-size", "--verify", "--warmup", "--weight-decay",
+    "--workers",
 ]
 # fmt: on
 
@@ -53,6 +54,8 @@ def test_groups_hold_every_setting_once() -> None:
         ("epochs", 0),
         ("batch_size", 1),
         ("val_size", -1),
+        ("workers", -1),
+        ("workers", 65),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("momentum", 1.0),
