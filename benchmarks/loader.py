@@ -3,9 +3,10 @@
     python benchmarks/loader.py --data-dir FOLDER --output benchmarks/results/loader.json
 
 All sides read MNIST's 60,000 training images from one compiled file, shuffled, on the CPU, in one process, in turn.
-Each turn begins with an epoch that is not timed, so that each side finds in the caches what an epoch of its own leaves
-there; of the fast ones the median of three timed epochs is one value. Ratios are taken turn by turn, of rates in
-images/s. What stands against what:
+Each turn of a side begins with epochs that are not timed, for a quarter of a second: so that it finds in the caches what
+its own epochs leave there, and that the processor is past its first burst (two threads slow down after some 50 ms
+here). One value is then the median of all epochs in half a second, at least one. Ratios are taken turn by turn, of
+rates in images/s. What stands against what:
 
 - copy: `copy_` of the whole output from one dense tensor into another, as bytes or as float32: the memory's limit.
 - index_select: `torch.index_select(out=)` of images and labels by slices of a ready permutation, into one pair of
@@ -100,10 +101,11 @@ def selecting(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> Ep
     return timed
 
 
-def rate(epoch: Epoch, times: int = 1) -> float:
-    """Images/s, the median of `times` epochs."""
-    rates = []
-    for _ in range(times):
+def rate(epoch: Epoch, at_least: float = 0.5) -> float:
+    """Images/s, the median of the epochs that fit into `at_least` seconds."""
+    rates: list[float] = []
+    ends = time.perf_counter() + at_least
+    while not rates or time.perf_counter() < ends:
         getattr(epoch, "prepare", lambda: None)()
         begun = time.perf_counter()
         count = epoch()
@@ -117,9 +119,9 @@ def compare(sides: dict[str, Epoch], ours: str, repeats: int, slow: tuple[str, .
     for turn in range(repeats + 1):
         for name, epoch in sides.items():
             if name not in slow or not turn:
-                rate(epoch)
+                rate(epoch, 0.25)
             if turn:
-                rates[name].append(rate(epoch, 1 if name in slow else 3))
+                rates[name].append(rate(epoch))
         print(f"turn {turn} of {repeats}: " + ", ".join(f"{n} {v[-1]:,.0f}" for n, v in rates.items() if v), flush=True)
     return {
         "images_per_second": {name: summarise(values) for name, values in rates.items()},

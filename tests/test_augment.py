@@ -25,7 +25,7 @@ def draw(count: int, size: tuple[int, int] = (28, 28), seed: int = 0, epoch: int
     return augmentation.matrices(augmentation.draw(count, seed, epoch), size)
 
 
-def on_host(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+def on_host(images: np.ndarray, augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
     """(n, H, W, C) uint8 through the host's kernel: (n, H, W, C) float32, 0 to 255."""
     count, height, width, channels = images.shape
     data = images.reshape(-1).copy()
@@ -33,11 +33,13 @@ def on_host(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     out = np.empty((count, height * width * channels), np.float32)
     offsets = np.arange(count) * out.shape[1]
     one, nought = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-    gather_warped(data, offsets, np.arange(count), 0, height, width, matrices, one, nought, out)
+    strengths = augmentation.strengths
+    gather_warped(data, offsets, np.arange(count), 0, draws, strengths, height, width, one, nought, out)
     return out.reshape(images.shape)
 
 
-def on_device(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+def on_device(images: np.ndarray, augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
+    matrices = augmentation.matrices(draws, images.shape[1:3])
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32)
     return warp_on_device(tensor, torch.from_numpy(matrices)).permute(0, 2, 3, 1).numpy()
 
@@ -56,27 +58,29 @@ def with_scipy(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
 @given(seed=st.integers(0, 10_000), size=SIZES, channels=st.sampled_from([1, 3]))
 def test_a_warp_agrees_with_scipys(warp, seed, size, channels):
     images = np.random.default_rng(seed).integers(0, 256, (3, *size, channels), np.uint8)
-    matrices = STRONG.matrices(STRONG.draw(3, seed, 0), size)
+    draws = STRONG.draw(3, seed, 0)
+    matrices = STRONG.matrices(draws, size)
     # Right at the border of the background float32 may fall on either side: there a step of the image is the error.
-    wrong = np.abs(warp(images, matrices) - with_scipy(images, matrices)) > CLOSE
+    wrong = np.abs(warp(images, STRONG, draws) - with_scipy(images, matrices)) > CLOSE
     assert wrong.mean() <= 0.001
 
 
 @pytest.mark.parametrize("warp", [on_host, on_device])
 def test_without_strength_nothing_changes(warp):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
-    np.testing.assert_allclose(warp(images, draw(5)), images, atol=1e-3)
+    still = Augmentation()
+    np.testing.assert_allclose(warp(images, still, still.draw(5, 0, 0)), images, atol=1e-3)
 
 
 @pytest.mark.parametrize("warp", [on_host, on_device])
 @pytest.mark.parametrize("right", [-9, -2, 0, 3, 8, 200])
 def test_a_shift_by_whole_pixels_moves_and_fills_with_background(warp, right):
     images = np.random.default_rng(1).integers(1, 256, (1, 8, 8, 1), np.uint8)
-    matrix = np.array([[[1, 0, -right], [0, 1, 0]]], np.float32)
+    moves, draws = Augmentation(shift=float(abs(right))), np.array([[np.sign(right), 0, 0, 0]], np.float32)
     expected = np.zeros_like(images)
     if abs(right) < 8:
         expected[:, :, max(right, 0) : 8 + min(right, 0)] = images[:, :, max(-right, 0) : 8 - max(right, 0)]
-    np.testing.assert_allclose(warp(images, matrix), expected, atol=1e-2)
+    np.testing.assert_allclose(warp(images, moves, draws), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("strength", [{"shift": 2.0}, {"rotation": 8.0}, {"scale": 0.1}])

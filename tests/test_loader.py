@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.functional import normalize
 
-from fastmnist.data import loader as loader_module
+from fastmnist.data import gathering
 from fastmnist.data.beton import Beton
 from fastmnist.data.buffers import LEAST_KEPT, BufferPool
 from fastmnist.data.loader import DTYPES, Loader
 from fastmnist.data.order import epoch_order
+from fastmnist.data.threads import NAME
 from fastmnist.errors import ConfigError, DataError
 
 COUNT, SHAPE = 103, (6, 5)
@@ -37,7 +38,7 @@ ELSEWHERE = [("stream", 1), ("stream", 3), ("resident", 2)]  # (placement, threa
 def work_is_shared_among_threads():
     """Otherwise batches this small are gathered by one thread, whatever is asked for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader_module, "BYTES_PER_THREAD", 64)
+        patch.setattr(gathering, "CALL_BYTES", 300)
         yield
 
 
@@ -260,7 +261,7 @@ def test_memory_of_dropped_batches_is_used_again(open_loader):
     loader = open_loader(drop_last=True)
     addresses = [images.data_ptr() for _ in range(5) for images, _ in loader]
     assert len(addresses) == 50
-    assert len(set(addresses)) <= 2 * loader._together + 1
+    assert len(set(addresses)) <= 12
 
 
 def test_reused_buffers_are_one_memory_valid_until_the_next_batch(open_loader, samples):
@@ -445,7 +446,7 @@ def test_closing_a_loader_leaves_a_file_that_the_caller_opened(samples):
 
 
 def gather_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("fastmnist-gather")]
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files there")

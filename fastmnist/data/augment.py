@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from fastmnist.data.order import sample_uniforms
+from fastmnist.data.warp import similarities
 from fastmnist.errors import ConfigError
 
 DRAWS = 4
@@ -39,30 +40,27 @@ class Augmentation:
                 f"{self}: shift (pixels) must be at least 0, rotation 0 to 180 (degrees), scale at least 0 and below 1"
             )
 
+    @property
+    def strengths(self) -> np.ndarray:
+        """(3,) float64: shift in pixels, rotation in radians, change of size."""
+        return np.array([self.shift, math.radians(self.rotation), self.scale])
+
     def draw(self, samples: int, seed: int, epoch: int) -> np.ndarray:
         """(samples, 4) float32 in [-1, 1): for `matrices`; row i is that of sample i, for any number of samples."""
         return sample_uniforms(samples, seed, epoch, DRAWS) * 2 - 1
 
-    def matrices(self, drawn: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-        """The transforms of rows that were drawn, see `warp` for what they mean.
+    def matrices(self, draws: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        """The transforms of some rows of `draw`, which the host's kernel computes in the same way.
 
         Args:
-            drawn: (n, 4), rows of `draw`.
+            draws: (n, 4) float32.
             image_size: (H, W).
 
         Returns:
-            (n, 2, 3) float32, in pixels: p_in = R(-angle) / size * (p_out - centre - shift) + centre.
+            (n, 2, 3) float32, in pixels; see `warp` for what they mean.
         """
-        height, width = image_size
-        uniforms = drawn.astype(np.float64)
-        right, down = uniforms[:, 0] * self.shift, uniforms[:, 1] * self.shift
-        angle, size = np.deg2rad(uniforms[:, 2] * self.rotation), 1 + uniforms[:, 3] * self.scale
-        cos, sin = np.cos(angle) / size, np.sin(angle) / size
-        middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
-        from_x, from_y = middle_x + right, middle_y + down
-        matrices = np.empty((len(drawn), 2, 3), np.float32)
-        matrices[:, 0] = np.stack([cos, sin, middle_x - cos * from_x - sin * from_y], 1)
-        matrices[:, 1] = np.stack([-sin, cos, middle_y + sin * from_x - cos * from_y], 1)
+        matrices = np.empty((len(draws), 2, 3), np.float32)
+        similarities(draws, self.strengths, *image_size, matrices)
         return matrices
 
 

@@ -277,8 +277,8 @@ class _Epoch(Iterator[Batch]):
         except BaseException:
             self._done = True
             raise
-        self._number += 1
-        loader._state = (self._epoch, self._number) if self._number < self._count else (self._epoch + 1, 0)
+        self._number = number = self._number + 1
+        loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
         return batch
 
 

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from joblib import cpu_count
 
 from fastmnist.data.augment import Augmentation, warp_on_device
 from fastmnist.data.beton import Beton, Verify
-from fastmnist.data.buffers import BufferPool
 from fastmnist.data.epochs import DTYPES, Batch, EpochLoader, check_choice
+from fastmnist.data.gathering import HostGatherer, Part
 from fastmnist.data.host import available_memory
-from fastmnist.data.kernels import gather, gather_float32, gather_looked_up
-from fastmnist.data.normalise import Normaliser, normalisation_table
-from fastmnist.data.order import Kind, Uneven, Window
+from fastmnist.data.kernels import gather
+from fastmnist.data.normalise import Normaliser
+from fastmnist.data.order import EpochOrder, Kind, Uneven, Window
 from fastmnist.data.paging import WindowReader
-from fastmnist.data.threads import Helpers
-from fastmnist.data.transfer import Part, copied_batches
-from fastmnist.data.warp import gather_warped
+from fastmnist.data.threads import Helpers, Piece
+from fastmnist.data.transfer import copied_batches
 from fastmnist.errors import ConfigError
 
 __all__ = ["DTYPES", "Batch", "Loader"]
 
 RESIDENT_SHARE = 0.5  # of the free device memory that "auto" gives to the images
-BYTES_PER_THREAD = 1600 << 10  # of output that a helper must be given, or to call it costs more than it saves
-MOST_TOGETHER = 32  # batches that are gathered in one go for that
-MOST_COPYING_THREADS, MOST_THREADS = 4, 16  # with threads=0: more do not copy faster; more do not keep up with Python
-SAMPLES_AT_A_TIME = 1 << 15  # whose labels and transforms are looked up together: one look costs as much as many
+SAMPLES_AT_A_TIME = 1 << 13  # that are passed on together
+MOST_PLANNED_AHEAD = 1 << 20  # samples of an epoch whose order is made before it is asked for
+
+
+class Plan(NamedTuple):
+    """What an epoch hands out.
+
+    rows (n,) int64: samples of the file, or rows of the resident copy, in order. windows: of a quasi-random order.
+    draws (n, 4) float32: of the augmentation, if there is one.
+    """
+
+    rows: np.ndarray
+    windows: list[Window]
+    draws: np.ndarray | None
 
 
 class Loader(EpochLoader):
@@ -121,6 +129,7 @@ class Loader(EpochLoader):
         )
         self.threads, self.prefetch, self.reuse_buffers = threads, prefetch, reuse_buffers
         self._reading = Helpers(1)
+        self._plan_ahead: tuple[int, Piece] | None = None
         self._prepare()
 
     @property
@@ -166,182 +175,118 @@ class Loader(EpochLoader):
                 return
             dense.flags.writeable = False  # like the map, so that one compiled kernel serves both
             self._data, self._offsets = dense.reshape(-1), np.arange(len(dense)) * size
-        # A batch for another device is normalised there: a quarter of the bytes to copy.
-        host_dtype = self.dtype if self.device.type == "cpu" else torch.uint8
-        warps = self.augment is not None and self.device.type == "cpu"
-        self._constants: tuple[Any, ...]
-        self._kernel, self._constants = _warping_kernel(file) if warps else _kernel(file, host_dtype)
-        dtype = torch.float32 if warps else host_dtype
-        self._share_work(warps, size * dtype.itemsize)
-        self._pool = BufferPool(
-            self.batch_size, file.image_shape, dtype, keep=2 * self._together, reuse=self.reuse_buffers
+        # A batch for another device is augmented and normalised there: a quarter of the bytes to copy.
+        here = self.device.type == "cpu"
+        self._host = HostGatherer(
+            file,
+            self.batch_size,
+            self.dtype if here else torch.uint8,
+            self.augment if here else None,
+            self.threads,
+            self.reuse_buffers,
         )
 
-    def _share_work(self, warps: bool, row_bytes: int) -> None:
-        """Settles how many threads work on how many batches together, so that each has enough for its call to pay."""
-        self._threads = self.threads or min(cpu_count(), MOST_THREADS if warps else MOST_COPYING_THREADS)
-        self._least = max(1, BYTES_PER_THREAD // row_bytes)
-        together = -(-self._threads * self._least // self.batch_size)
-        if self._threads == 1 or together > MOST_TOGETHER:
-            self._threads = together = 1
-        self._together = 1 if self.reuse_buffers else together
-        self._helpers = Helpers(max(1, self._threads - 1))
+    def _plan(self, epoch: int) -> Plan:
+        """The epoch's plan, which may have been made while the one before it came to its end."""
+        ready, self._plan_ahead = self._plan_ahead, None
+        if ready is not None and ready[0] == epoch:
+            plan: Plan = ready[1].wait()
+            return plan
+        return _make_plan(epoch, *self._plan_arguments())
 
-    def _rows(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
-        """What `_data` is indexed with, in the epoch's order: samples of the file, or rows of the resident copy."""
-        if self.placement == "resident":
-            return self._epoch_order(epoch), []
-        return self._samples(epoch)
+    def _plan_arguments(self) -> tuple[Any, ...]:
+        subset = None if self._all else self.indices
+        return self._epoch_order, subset, self.placement == "resident", self.augment, len(self.file), self.seed
+
+    def _plan_next(self, epoch: int, helpers: Helpers) -> None:
+        ready = self._plan_ahead is not None and self._plan_ahead[0] == epoch
+        if helpers.count and not ready and self.order == "random" and len(self.indices) <= MOST_PLANNED_AHEAD:
+            self._plan_ahead = epoch, helpers.submit(_make_plan, epoch, *self._plan_arguments())
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        groups = self._groups(epoch, first)
+        parts = self._parts(epoch, first)
         if self._on_device:
-            return self._device_batches(groups)
+            return self._device_batches(parts)
         if self.device.type == "cuda":
             size = (self.batch_size, self.file.image_size)
-            return copied_batches(self._parts(groups), self._fill, self._finish, size, self.device, self.prefetch)
-        return self._host_batches(groups)
+            single = (part.cut(a, a + size[0]) for part in parts for a in range(0, len(part.rows), size[0]))
+            return copied_batches(single, self._fill, self._finish, size, self.device, self.prefetch)
+        plan_next = partial(self._plan_next, epoch + 1)
+        if self.device.type != "cpu":
+            return self._moved(self._parts(epoch, first), plan_next)
+        batches = self._host.batches(parts, self._labels, plan_next)
+        if self._host.dtype == self.dtype:
+            return batches
+        return ((images.to(self.dtype), labels) for images, labels in batches)
 
-    def _groups(self, epoch: int, first: int) -> Iterator[Part]:
-        """Whole batches, several at a time, with their transforms."""
-        rows, windows = self._rows(epoch)
-        samples = self.indices if self.placement == "resident" else None
-        drawn = None
-        if self.augment is not None:
-            drawn = self.augment.draw(len(self.file), self.seed, epoch)
+    def _parts(self, epoch: int, first: int) -> Iterator[Part]:
+        """The epoch from batch `first` on, some whole batches at a time."""
+        rows, windows, draws = self._plan(epoch)
         step = max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
         reader = WindowReader(self.file, windows, step, self._reading) if len(windows) > 1 else None
         for start in range(first * self.batch_size, self._taken, step):
             stop = min(start + step, self._taken)
             part = rows[start:stop]
-            matrices = None
-            if self.augment is not None and drawn is not None:
-                of_samples = part if samples is None else samples[part]
-                matrices = self.augment.matrices(drawn[of_samples], self.file.image_shape[:2])
+            drawn = None if draws is None else draws[start:stop]
             if reader is None:
-                yield Part(part, matrices, self._data, self._offsets, part)
+                yield Part(part, drawn, self._data, self._offsets, part)
             else:
-                yield Part(part, matrices, reader.data, reader.offsets(part, start), np.arange(len(part)))
-
-    def _host_batches(self, groups: Iterator[Part]) -> Iterator[Batch]:
-        size, pool, together, labels = self.batch_size, self._pool, self._together, self._labels
-        finish = self.device.type != "cpu" or self.dtype != pool.dtype
-        for group in groups:
-            rows, matrices, data, offsets, order = group
-            constants = self._constants if matrices is None else (matrices, *self._constants)
-            targets = torch.from_numpy(labels[rows]).split(size)
-            for first in range(0, len(targets), together):
-                start = first * size
-                stop = min(start + together * size, len(rows))
-                taken = [pool.take(min(size, stop - at)) for at in range(start, stop, size)]
-                job = (self._kernel, data, offsets, order, start, constants, taken, size)
-                cuts = self._cuts(stop - start)
-                pieces = [(end, self._helpers.submit(_fill, *job, begin, end)) for begin, end in pairwise(cuts[1:])]
-                _fill(*job, 0, cuts[1])
-                done = cuts[1]
-                for number, (_, images) in enumerate(taken, 1):
-                    while pieces and done < number * size:
-                        done, piece = pieces.pop(0)
-                        piece.wait()
-                    start += len(taken[number - 1][0])
-                    target = targets[first + number - 1]
-                    if finish:
-                        moved = None if matrices is None else matrices[start - len(target) : start]
-                        yield self._elsewhere(images, target, moved)
-                    else:
-                        yield images, target
-
-    def _cuts(self, count: int) -> list[int]:
-        """Where a job of `count` rows is cut, one piece per thread, each large enough to pay."""
-        pieces = max(1, min(self._threads, count // max(1, self._least // 2)))
-        return [count * piece // pieces for piece in range(pieces + 1)]
-
-    def _elsewhere(self, images: torch.Tensor, labels: torch.Tensor, matrices: np.ndarray | None) -> Batch:
-        """A batch of the host as it is wanted: on another kind of device, or as a type that the kernel cannot make."""
-        if self.device.type == "cpu":
-            return images.to(self.dtype), labels
-        return self._finish(images.to(self.device), matrices), labels.to(self.device)
-
-    def _parts(self, groups: Iterator[Part]) -> Iterator[Part]:
-        """The same, batch by batch."""
-        for group in groups:
-            for start in range(0, len(group.rows), self.batch_size):
-                yield group.cut(start, start + self.batch_size)
+                yield Part(part, drawn, reader.data, reader.offsets(part, start), np.arange(len(part)))
 
     def _fill(self, part: Part, images: np.ndarray, labels: np.ndarray) -> None:
-        self._kernel(part.data, part.offsets, part.order, 0, *self._constants, images)
-        np.take(self._labels, part.rows, out=labels, mode="clip")  # "raise" would copy through a buffer
+        self._host.into(part._replace(draws=None), images, labels, self._labels)
 
-    def _finish(self, images: torch.Tensor, matrices: np.ndarray | torch.Tensor | None) -> torch.Tensor:
+    def _finish(self, images: torch.Tensor, draws: np.ndarray | None) -> torch.Tensor:
         """What is left to do on the device: images uint8 (B, C, H, W), or their bytes (B, H * W * C)."""
         if images.dim() == 2:
             images = images.view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
         if self.dtype == torch.uint8:
             return images
-        if matrices is not None:
-            on_device = torch.as_tensor(matrices).to(self.device, non_blocking=True)
-            images = warp_on_device(images.to(torch.float32), on_device).contiguous(memory_format=torch.channels_last)
+        if self.augment is not None and draws is not None:
+            matrices = torch.from_numpy(self.augment.matrices(draws, self.file.image_shape[:2])).to(self.device)
+            images = warp_on_device(images.to(torch.float32), matrices).contiguous(memory_format=torch.channels_last)
         return self._normalise(images, self.dtype)
 
-    def _device_batches(self, groups: Iterator[Part]) -> Iterator[Batch]:
-        for group in groups:
-            rows = torch.from_numpy(group.rows).to(self.device)
-            matrices = None if group.matrices is None else torch.from_numpy(group.matrices).to(self.device)
+    def _moved(self, parts: Iterator[Part], at_end: Callable[[Helpers], None]) -> Iterator[Batch]:
+        """For devices that have no copy stream of ours."""
+        for part in parts:
+            plain = iter([part._replace(draws=None)])
+            start = 0
+            for images, labels in self._host.batches(plain, self._labels, lambda helpers: None):
+                draws = None if part.draws is None else part.draws[start : start + len(labels)]
+                yield self._finish(images.to(self.device), draws), labels.to(self.device)
+                start += len(labels)
+
+    def _device_batches(self, parts: Iterator[Part]) -> Iterator[Batch]:
+        for part in parts:
+            rows = torch.from_numpy(part.rows).to(self.device)
             for start in range(0, len(rows), self.batch_size):
                 chosen = slice(start, start + self.batch_size)
                 images = self._device_images.index_select(0, rows[chosen])
-                moved = None if matrices is None else matrices[chosen]
-                yield self._finish(images, moved), self._device_labels.index_select(0, rows[chosen])
+                draws = None if part.draws is None else part.draws[chosen]
+                yield self._finish(images, draws), self._device_labels.index_select(0, rows[chosen])
 
     def close(self) -> None:
-        self._helpers.end()
+        if not self._on_device:
+            self._host.end()
         self._reading.end()
         self._data = np.empty(0, np.uint8)
         self._device_images = self._device_labels = torch.empty(0)
         super().close()
 
 
-def _kernel(file: Beton, dtype: torch.dtype) -> tuple[Callable[..., None], tuple[np.ndarray, ...]]:
-    """The function that gathers a batch as `dtype`, and the arrays that it takes before `out`."""
-    if dtype == torch.uint8:
-        return gather, ()
-    if dtype == torch.float32:
-        mean, std = (np.array(values, np.float32) for values in file.moments)
-        return gather_float32, (mean, std)
-    return gather_looked_up, (normalisation_table(*file.moments, dtype),)
-
-
-def _warping_kernel(file: Beton) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The same for augmented images; transforms come before the arrays."""
-    mean, std = (np.array(values) for values in file.moments)
-    scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-    height, width, _ = file.image_shape
-
-    def kernel(data, offsets, rows, start, matrices, out):  # type: ignore[no-untyped-def]
-        gather_warped(data, offsets, rows, start, height, width, matrices, scale, bias, out)
-
-    return kernel, ()
-
-
-def _fill(
-    kernel: Callable[..., None],
-    data: np.ndarray,
-    offsets: np.ndarray,
-    order: np.ndarray,
-    start: int,
-    constants: tuple[Any, ...],
-    taken: list[tuple[np.ndarray, torch.Tensor]],
-    size: int,
-    begin: int,
-    end: int,
-) -> None:
-    """Gathers places `start` + `begin` to `start` + `end` of `order` into the batches `taken`, `size` in each.
-
-    The batches' tensors are among the arguments so that their memory is nobody else's before this is done.
-    """
-    while begin < end:
-        number, within = divmod(begin, size)
-        memory = taken[number][0]
-        count = min(len(memory) - within, end - begin)
-        kernel(data, offsets, order, start + begin, *constants, memory[within : within + count])
-        begin += count
+def _make_plan(
+    epoch: int,
+    order: EpochOrder,
+    subset: np.ndarray | None,
+    resident: bool,
+    augment: Augmentation | None,
+    samples: int,
+    seed: int,
+) -> Plan:
+    positions, windows = order.with_windows(epoch)
+    chosen = positions if subset is None else subset[positions]
+    draws = None if augment is None else augment.draw(samples, seed, epoch)[chosen]
+    if resident:
+        return Plan(positions, [], draws)
+    return Plan(chosen, windows, draws)

@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fastmnist.data.epochs import Batch
-
-
-class Part(NamedTuple):
-    """Samples in the order in which they are wanted, and where their images are.
-
-    rows (n,) int64: of the labels. matrices (n, 2, 3) float32: transforms, if any. data (bytes,) uint8; image i begins
-    at offsets[order[i]], order (n,) int64.
-    """
-
-    rows: np.ndarray
-    matrices: np.ndarray | None
-    data: np.ndarray
-    offsets: np.ndarray
-    order: np.ndarray
-
-    def cut(self, start: int, stop: int) -> Part:
-        """Those from `start` to `stop`."""
-        chosen = slice(start, stop)
-        matrices = None if self.matrices is None else self.matrices[chosen]
-        return Part(self.rows[chosen], matrices, self.data, self.offsets, self.order[chosen])
+from fastmnist.data.gathering import Part
 
 
 class _PinnedSlot:
@@ -56,7 +36,7 @@ def copied_batches(
     Args:
         parts: one for each batch.
         fill: (part, images (B, bytes) uint8, labels (B,) int64): gathers into pinned memory.
-        finish: the copied bytes (B, bytes) uint8 and the part's transforms to what is handed out, on the device.
+        finish: the copied bytes (B, bytes) uint8 and the part's draws to what is handed out, on the device.
         size: (B, bytes) of a whole batch.
     """
     copies = torch.cuda.Stream(device)
@@ -69,7 +49,7 @@ def copied_batches(
         count = len(part.rows)
         fill(part, slot.images.numpy()[:count], slot.labels.numpy()[:count])
         with torch.cuda.stream(copies):
-            images = finish(slot.images[:count].to(device, non_blocking=True), part.matrices)
+            images = finish(slot.images[:count].to(device, non_blocking=True), part.draws)
             labels = slot.labels[:count].to(device, non_blocking=True)
             slot.copied.record(copies)
         ahead.append((images, labels, slot.copied))

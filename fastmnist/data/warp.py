@@ -10,6 +10,8 @@ first pixel at 0. What lies outside of the image is 0, background.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fastmnist.data.jit import jit, prefetch
@@ -100,12 +102,37 @@ def blend(words, places, right, lower, found, values):  # type: ignore[no-untype
 
 
 @jit
-def gather_warped(data, offsets, order, start, height, width, matrices, scale, bias, out):  # type: ignore[no-untyped-def]
-    """out[i] = image i resampled after matrices[start + i], times `scale` plus `bias` of its channel.
+def similarity(draw, strengths, height, width, matrix):  # type: ignore[no-untyped-def]
+    """matrix (2, 3) float32: p_in = R(-angle) / size * (p_out - centre - shift) + centre.
 
-    The first arguments are those of `kernels.gather`; matrices (len(order), 2, 3), scale, bias (C,) float32; out
-    (n, H * W * C) float32.
+    draw (4,) float32 in [-1, 1), by how much of `strengths` (shift in pixels, rotation in radians, change of size) to
+    the right, down, around and larger.
     """
+    shift, rotation, scale = strengths
+    right, down, angle = draw[0] * shift, draw[1] * shift, draw[2] * rotation
+    size = 1 + draw[3] * scale
+    cos, sin = math.cos(angle) / size, math.sin(angle) / size
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    from_x, from_y = middle_x + right, middle_y + down
+    matrix[0, 0], matrix[0, 1], matrix[0, 2] = cos, sin, middle_x - cos * from_x - sin * from_y
+    matrix[1, 0], matrix[1, 1], matrix[1, 2] = -sin, cos, middle_y + sin * from_x - cos * from_y
+
+
+@jit
+def similarities(draws, strengths, height, width, matrices):  # type: ignore[no-untyped-def]
+    """The same for draws (n, 4) into matrices (n, 2, 3)."""
+    for i in range(len(draws)):
+        similarity(draws[i], strengths, height, width, matrices[i])
+
+
+@jit
+def gather_warped(data, offsets, order, start, draws, strengths, height, width, scale, bias, out):  # type: ignore[no-untyped-def]
+    """out[i] = image i resampled after the similarity of draws[start + i], times `scale` plus `bias` of its channel.
+
+    The first arguments are those of `kernels.gather`; draws (len(order), 4) float32 and strengths (3,) float64 are
+    those of `similarity`; scale, bias (C,) and out (n, H * W * C) float32.
+    """
+    matrix = np.empty((2, 3), np.float32)
     channels, size, pixels = len(scale), out.shape[1], height * width
     ahead, lines, last = rows_ahead(size), lines_of(size), len(order) - 1
     x, y = pixel_grid(height, width)
@@ -117,7 +144,8 @@ def gather_warped(data, offsets, order, start, height, width, matrices, scale, b
         for line in range(lines):
             prefetch(data, coming + line * LINE)
         at = offsets[order[start + i]]
-        transform(matrices[start + i], x, y, in_x, in_y)
+        similarity(draws[start + i], strengths, height, width, matrix)
+        transform(matrix, x, y, in_x, in_y)
         locate(in_x, in_y, height, width, places)
         for channel in range(channels):
             interleave(data[at : at + size], height, width, channels, channel, padded, words)
