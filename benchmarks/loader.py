@@ -3,8 +3,8 @@
     python benchmarks/loader.py --data-dir FOLDER --output benchmarks/results/loader.json
 
 All sides read MNIST's 60,000 training images from one compiled file, shuffled, on the CPU, in one process, in turn.
-Each turn of a side begins with epochs that are not timed, for a quarter of a second: so that it finds in the caches what
-its own epochs leave there, and that the processor is past its first burst (two threads slow down after some 50 ms
+Each turn of a side begins with epochs that are not timed, for a quarter of a second: so that it finds in the caches
+what its own epochs leave there, and that the processor is past its first burst (two threads slow down after some 50 ms
 here). One value is then the median of all epochs in half a second, at least one. Ratios are taken turn by turn, of
 rates in images/s. What stands against what:
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -270,6 +271,7 @@ def test_an_error_in_a_helper_arrives_with_its_traceback(path, monkeypatch):
     def broken_in_a_helper(*arguments):
         if threading.current_thread().name.startswith(threads.NAME):
             raise ZeroDivisionError("a planted error")
+        time.sleep(0.02)  # a helper has begun the next piece by then
         return real(*arguments)
 
     with Loader(path, 32, device="cpu", threads=3) as loader:
@@ -302,10 +304,13 @@ def test_a_piece_is_done_once_by_whoever_comes_first(monkeypatch):
     helpers.end()
     helpers.submit(done.append, 4).wait()  # a new one begins
     assert done == [1, 2, 4]
+    begun = Piece(done.append, 5)
+    begun._taken.acquire()
     monkeypatch.setattr(threads.os, "getpid", lambda: -1)  # as in a forked child
     piece.wait()
-    helpers.submit(done.append, 5).wait()
-    assert done == [1, 2, 4, 1, 5]
+    begun.wait()
+    helpers.submit(done.append, 6).wait()
+    assert done == [1, 2, 4, 5, 6]
     helpers.end()
 
 
@@ -316,6 +321,24 @@ def test_a_helper_that_died_is_not_waited_for_for_ever(monkeypatch):
     piece.cancel()
     with pytest.raises(RuntimeError, match="helper thread ended"):
         piece.wait()
+
+
+def test_a_process_may_end_in_the_middle_of_an_epoch(path, tmp_path, in_a_new_process, monkeypatch):
+    """A helper that is caught in a kernel, or in its compiler, by the interpreter's end would abort the process."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    script = """
+        import sys
+        from fastmnist.data import gathering
+        from fastmnist.data.loader import Loader
+
+        gathering.CALL_BYTES = 512
+        loader = Loader(sys.argv[1], 32, device="cpu", threads=3)
+        batches = iter(loader)
+        next(batches)
+        print("ends")
+    """
+    for _ in range(3):  # compiled in the first, read from the cache in the others
+        assert in_a_new_process(script, path) == "ends\n"
 
 
 # A thousand epochs

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+NAME = "fastmnist-helper"  # of the threads
 LOOK_AGAIN = 5.0  # seconds between two looks at whether a helper that is waited for still lives
 
 
@@ -35,25 +36,31 @@ class Piece:
         except BaseException as error:
             self._error = error
         finally:
+            self._forget()
             self._over.release()
         return True
+
+    def _forget(self) -> None:
+        """What the call is about may be used again, though a helper's queue still has the piece."""
+        self._work, self._arguments = _nothing, ()
 
     def is_over(self) -> bool:
         return not self._over.locked()
 
     def cancel(self) -> None:
         """Nobody begins it any more."""
-        self._taken.acquire(blocking=False)
+        if self._taken.acquire(blocking=False):
+            self._forget()
 
     def wait(self) -> Any:
         """The call's result, or what it raised, with its traceback. Makes the call if nobody has begun it.
 
-        A forked child has none of the parent's threads: it makes the call again, which must not matter.
+        A forked child has none of the parent's threads: it makes the call that was begun again, which must not matter.
 
         Raises:
             RuntimeError: who had begun it is no more.
         """
-        if self._process != os.getpid():
+        if self._process != os.getpid() and not self.is_over():
             return self._work(*self._arguments)
         self.run_if_free()
         while not self._over.acquire(timeout=LOOK_AGAIN):
@@ -65,7 +72,7 @@ class Piece:
         return self._result
 
 
-NAME = "fastmnist-helper"
+def _nothing() -> None: ...
 
 
 class Helpers:
@@ -91,12 +98,16 @@ class Helpers:
 
     def _begin(self) -> None:
         self._process, self._queue = os.getpid(), SimpleQueue()
-        for _ in range(self.count):
-            threading.Thread(target=_help, args=(self._queue,), name=NAME, daemon=True).start()
-        self._end = weakref.finalize(self, _dismiss, self._queue, self.count)
+        threads = [
+            threading.Thread(target=_help, args=(self._queue,), name=NAME, daemon=True) for _ in range(self.count)
+        ]
+        for thread in threads:
+            thread.start()
+        # Called at the interpreter's exit too, which would abort in the middle of a kernel.
+        self._end = weakref.finalize(self, _dismiss, self._queue, threads)
 
     def end(self) -> None:
-        """Lets them end once what they have begun is done."""
+        """Ends them, once what they were given is done."""
         if self._process == os.getpid():
             self._end()
         self._process = 0
@@ -108,6 +119,9 @@ def _help(queue: SimpleQueue[Piece | None]) -> None:
         del piece  # with the memory that it was about
 
 
-def _dismiss(queue: SimpleQueue[Piece | None], count: int) -> None:
-    for _ in range(count):
+def _dismiss(queue: SimpleQueue[Piece | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
         queue.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():  # which may be the one that forgets the last loader
+            thread.join()
