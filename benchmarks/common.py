@@ -34,10 +34,10 @@ def summarise(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def report(result: dict[str, Any], output: Path | None) -> None:
+def report(result: dict[str, Any], output: Path | None, device: torch.device | None = None) -> None:
     """Prints the result with hardware, versions and date, and writes it to `output`."""
     result |= {
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(device or torch.device("cpu")),
         "versions": versions(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

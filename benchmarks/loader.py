@@ -12,13 +12,16 @@ rates in images/s. What stands against what:
 - index_select: `torch.index_select(out=)` of images and labels by slices of a ready permutation, into one pair of
   tensors again and again: such a batch cannot be kept, and the permutation costs nothing.
 - ffcv: FFCV's Loader over the same file; the epochs that its own JIT takes are not timed.
-- batched: a DataLoader with `__getitems__`, without workers. plain: torchvision's MNIST with ToTensor and Normalize
+- batched: a DataLoader over a dataset with `__getitems__`, as they are usually written (the sampler's list of numbers
+  indexes a tensor); tuned: the same made as fast as it gets (`TunedDataLoader`); both without workers.
+- plain: torchvision's MNIST with ToTensor and Normalize
   (with RandomAffine and two workers against augmented images).
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -35,7 +38,7 @@ import numpy as np
 import torch
 from common import arguments, report, summarise
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
@@ -52,8 +55,21 @@ BATCH_SIZES = (512, 2048)
 COUNT, SIZE = 60_000, 784
 MOVES = Augmentation(shift=2.0, rotation=8.0, scale=0.08)
 SLOW_SHARE = 6  # of the samples, one in so many for the loader that takes longest
-STEPS = {"resnet18": 12, "small-cnn": 150}  # that are timed, about two seconds
+STEPS = {"resnet18": 30, "small-cnn": 150}  # in each turn
 Epoch = Callable[[], int]
+
+
+class Batched(Dataset[Any]):
+    """A whole batch at a time from tensors."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[indices], self.labels[indices]
 
 
 def drain(batches: Iterable[Any]) -> int:
@@ -138,7 +154,9 @@ def of_loader(loader: Iterable[Any]) -> Epoch:
 
 
 FIRST_BATCH = """
-import json, sys, time
+import time
+begun = time.perf_counter()
+import json, sys
 import torch
 from fastmnist import Loader
 from fastmnist.data.augment import Augmentation
@@ -146,16 +164,20 @@ kind, path = sys.argv[1:]
 options = {"dtype": torch.uint8 if kind == "uint8" else torch.float32}
 if kind == "augmented":
     options["augment"] = Augmentation(2.0, 8.0, 0.08)
-begun = time.perf_counter()
+imported = time.perf_counter()
 loader = Loader(path, 512, device="cpu", **options)
 next(iter(loader))
-print(time.perf_counter() - begun)
+print(json.dumps([imported - begun, time.perf_counter() - imported]))
 """
 
 
 def first_batch(path: Path, repeats: int) -> dict[str, Any]:
-    """Seconds from the Loader's construction to its first batch in a new process, numba's cache empty or filled."""
-    found = {}
+    """Seconds from the Loader's construction to its first batch in a new process, numba's cache empty or filled.
+
+    And those of the imports before it, torch among them.
+    """
+    found: dict[str, Any] = {}
+    importing = []
     for kind in ("uint8", "float32", "augmented"):
         times: dict[str, list[float]] = {"cold": [], "warm": []}
         for _ in range(repeats):
@@ -164,9 +186,12 @@ def first_batch(path: Path, repeats: int) -> dict[str, Any]:
                     command = [sys.executable, "-c", FIRST_BATCH, kind, str(path)]
                     environment = os.environ | {"NUMBA_CACHE_DIR": cache}
                     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-                    times[state].append(float(done.stdout))
+                    imported, first = json.loads(done.stdout)
+                    times[state].append(first)
+                    importing.append(imported)
         found[kind] = {state: summarise(values) for state, values in times.items()}
         print(f"first batch, {kind}: {json.dumps(found[kind])}", flush=True)
+    found["imports"] = summarise(importing)
     return found
 
 
@@ -179,25 +204,24 @@ def training_step(path: Path, model_name: str, repeats: int) -> dict[str, Any]:
         normalise = Normaliser(*moments)
         fixed = next(iter(loader))
 
-        def steps(batches: Iterator[Any]) -> float:
+        def step(batch: Any) -> float:
             begun = time.perf_counter()
-            for _ in range(STEPS[model_name]):
-                images, labels = next(batches)
-                functional.cross_entropy(model(normalise(images)), labels).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return (time.perf_counter() - begun) / STEPS[model_name]
+            images, labels = next(loaded) if batch is None else batch
+            functional.cross_entropy(model(normalise(images)), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter() - begun
 
-        def repeat_fixed() -> Iterator[Any]:
-            while True:
-                yield fixed
-
-        steps(repeat_fixed())
+        loaded = itertools.chain.from_iterable(itertools.repeat(loader))
         times: dict[str, list[float]] = {"fixed batch": [], "loader": []}
-        for turn in range(repeats):
-            sides = [("fixed batch", repeat_fixed()), ("loader", iter(loader))]
-            for name, batches in sides if turn % 2 else reversed(sides):
-                times[name].append(steps(batches))
+        for turn in range(repeats + 1):
+            found: dict[str, list[float]] = {"fixed batch": [], "loader": []}
+            for _ in range(STEPS[model_name]):  # step by step in turn: what else runs here meets both
+                found["fixed batch"].append(step(fixed))
+                found["loader"].append(step(None))
+            if turn:
+                for name, values in found.items():
+                    times[name].append(statistics.mean(values))
     ratios = [a / b for a, b in zip(times["loader"], times["fixed batch"], strict=True)]
     result = {name: summarise(values) for name, values in times.items()} | {"loader_over_fixed": summarise(ratios)}
     print(f"step of {model_name}: {json.dumps(result)}", flush=True)
@@ -234,7 +258,8 @@ def main() -> None:
         result["training_step_seconds"] = {name: training_step(path, name, repeats) for name in STEPS}
         for batch_size in BATCH_SIZES:
             make = {"batch_size": batch_size, "device": "cpu"}
-            plain = of_loader(DataLoader(plain_data, batch_size, shuffle=True))
+            usual = {"batch_size": batch_size, "shuffle": True}
+            plain = of_loader(DataLoader(plain_data, **usual))
             floats = {"dtype": torch.float32}
             as_float = images.to(torch.float32)
             print(f"uint8, batch {batch_size}", flush=True)
@@ -246,7 +271,8 @@ def main() -> None:
                     "index_select": selecting(images, labels, batch_size),
                     "copy": copying(images),
                     "ffcv": of_loader(FFCVLoader(path, **make)),
-                    "batched": of_loader(TunedDataLoader(path, **make, workers=0)),
+                    "batched": of_loader(DataLoader(Batched(images, labels), collate_fn=lambda b: b, **usual)),
+                    "tuned": of_loader(TunedDataLoader(path, **make, workers=0)),
                     "plain": plain,
                 },
                 "loader",
@@ -266,7 +292,7 @@ def main() -> None:
                 slow=("plain",),
             )
             print(f"augmented, batch {batch_size}", flush=True)
-            workers = DataLoader(some, batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+            workers = DataLoader(some, **usual, num_workers=2, persistent_workers=True)
             result[f"augmented_{batch_size}"] = compare(
                 {
                     "loader": of_loader(Loader(path, **make, **floats, augment=MOVES)),

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import fastmnist` and `fastmnist --help` need no torch.
 _HOMES = {
+    "Augmentation": "fastmnist.data.augment",
     "Beton": "fastmnist.data.beton",
     "FastmnistError": "fastmnist.errors",
     "Loader": "fastmnist.data.loader",

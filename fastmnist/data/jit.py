@@ -8,9 +8,15 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 READ, KEEP, DATA_CACHE = 0, 3, 1  # arguments of LLVM's prefetch
+
+# numba imports most of itself (and scipy's BLAS) when a compiled function is first called, which takes a third of a
+# second: with the other imports, or the first batch would wait for it.
+cpu_target.typing_context.refresh()
+cpu_target.target_context.refresh()
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
