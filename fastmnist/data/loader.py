@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -187,7 +187,7 @@ class Loader(EpochLoader):
         )
 
     def _plan(self, epoch: int) -> Plan:
-        """The epoch's plan, which may have been made while the one before it came to its end."""
+        """The epoch's plan, which may have been made during the one before it."""
         ready, self._plan_ahead = self._plan_ahead, None
         if ready is not None and ready[0] == epoch:
             plan: Plan = ready[1].wait()
@@ -211,10 +211,9 @@ class Loader(EpochLoader):
             size = (self.batch_size, self.file.image_size)
             single = (part.cut(a, a + size[0]) for part in parts for a in range(0, len(part.rows), size[0]))
             return copied_batches(single, self._fill, self._finish, size, self.device, self.prefetch)
-        plan_next = partial(self._plan_next, epoch + 1)
         if self.device.type != "cpu":
-            return self._moved(self._parts(epoch, first), plan_next)
-        batches = self._host.batches(parts, self._labels, plan_next)
+            return self._moved(parts)
+        batches = self._host.batches(parts, self._labels, partial(self._plan_next, epoch + 1))
         if self._host.dtype == self.dtype:
             return batches
         return ((images.to(self.dtype), labels) for images, labels in batches)
@@ -247,7 +246,7 @@ class Loader(EpochLoader):
             images = warp_on_device(images.to(torch.float32), matrices).contiguous(memory_format=torch.channels_last)
         return self._normalise(images, self.dtype)
 
-    def _moved(self, parts: Iterator[Part], at_end: Callable[[Helpers], None]) -> Iterator[Batch]:
+    def _moved(self, parts: Iterator[Part]) -> Iterator[Batch]:
         """For devices that have no copy stream of ours."""
         for part in parts:
             plain = iter([part._replace(draws=None)])

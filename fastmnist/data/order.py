@@ -65,7 +65,7 @@ def quasi_random_order(
     """An order that visits pages in random order, `window` of them at a time, so that a reader keeps few in memory.
 
     Within a window all positions are shuffled; with as many pages as that or fewer, every order is equally likely.
-    README says how far it is from that with more of them.
+    With more, benchmarks/shuffling.py measures how far it is from that.
 
     Args:
         pages: (n,) integers of at least 0, the page that each position is on.
@@ -74,19 +74,21 @@ def quasi_random_order(
         (n,) int64: positions 0 to n - 1; and the windows one after the other.
     """
     lowest = pages.min()
-    present = np.bincount(pages - lowest) > 0
-    distinct = np.flatnonzero(present) + lowest
-    visited = epoch_order(np.arange(len(distinct)), seed, epoch, PAGE_STREAM)
-    turn = np.empty(len(present), np.int32)  # of each page
-    turn[distinct[visited] - lowest] = np.arange(len(distinct))
-    turns = turn[pages - lowest]
-    order = np.argsort(turns, kind="stable")
+    counts = np.bincount(pages - lowest)
+    distinct = np.flatnonzero(counts)
+    visited = distinct[epoch_order(np.arange(len(distinct)), seed, epoch, PAGE_STREAM)]
+    # Of each page; numpy sorts 16 bits by radix, ten times as fast as more of them.
+    turn = np.empty(len(counts), np.uint16 if len(distinct) <= 1 << 16 else np.int32)
+    turn[visited] = np.arange(len(distinct))
+    order = np.argsort(turn[pages - lowest], kind="stable")
+    ends = np.cumsum(counts[visited])
     starts = np.arange(0, len(distinct), window)
-    edges = [*np.searchsorted(turns, starts, sorter=order), len(order)]
+    edges = [0, *ends[starts[1:] - 1].tolist(), len(order)]
     generator = _generator(seed, epoch, ORDER_STREAM)
     for start, end in pairwise(edges):
         _shuffle(order[start:end], generator.random_raw(end - start))
-    windows = [Window(int(edge), distinct[visited[at : at + window]]) for edge, at in zip(edges, starts, strict=False)]
+    visited += lowest
+    windows = [Window(edge, visited[at : at + window]) for edge, at in zip(edges, starts.tolist(), strict=False)]
     return order, windows
 
 
