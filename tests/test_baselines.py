@@ -402,6 +402,37 @@ def test_an_error_in_ffcvs_thread_is_one_here_and_no_hang(open_loader, monkeypat
 
 
 @pytest.mark.ffcv
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_after_ffcv_numba_compiles_what_writes_to_arrays(samples, in_a_new_process, tmp_path, monkeypatch, os_cache):
+    """FFCV makes numba's types of arrays read-only for the whole process."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))  # empty: all is compiled
+    script = """
+        import sys, warnings
+        import numpy as np, torch
+        from fastmnist.data.augment import Augmentation
+        from fastmnist.data.baselines import FFCVLoader
+        from fastmnist.data.deform import Deformer
+        from fastmnist.data.loader import Loader
+
+        warnings.simplefilter("ignore")
+        path, os_cache = sys.argv[1], sys.argv[2] == "True"
+        ours = Loader(path, 10, device="cpu", dtype=torch.float32, augment=Augmentation(1.0), threads=1)
+        with FFCVLoader(path, 9, device="cpu", os_cache=os_cache) as loader, ours:
+            count, file = len(loader.file), loader.file
+            for _ in range(3):  # in turn, as training and validation are
+                assert sum(len(labels) for _, labels in loader) == count
+                assert sum(len(labels) for _, labels in ours) == count
+            assert sum(len(labels) for _, labels in loader) == count
+            Deformer(file.data, file.offsets, file.image_shape, 0)(0, np.empty((5, file.image_size), np.uint8))
+            list(Loader(file, 8, device="cpu", placement="resident", dtype=torch.bfloat16))
+            with FFCVLoader(path, 8, device="cpu", os_cache=not os_cache) as another:
+                assert sum(len(labels) for _, labels in another) == count
+        print("compiled")
+    """
+    assert in_a_new_process(script, samples[0], os_cache) == "compiled\n"
+
+
+@pytest.mark.ffcv
 @pytest.mark.filterwarnings("ignore")
 def test_a_program_that_ends_within_an_epoch_of_ffcv_ends(samples, in_a_new_process):
     script = """

@@ -236,7 +236,8 @@ class FFCVLoader(_Baseline):
 
     It orders an epoch in its own way: `epoch_indices` says how. It cannot begin within an epoch: to resume there, the
     batches that were handed out are read once more. FFCV sets the number of threads of torch and of numba for the
-    whole process; both are put back. What stays are the threads that numba keeps once they are started.
+    whole process; both are put back. What stays are the threads that numba keeps once they are started, and numba's
+    types of arrays, which FFCV makes read-only: `Loader` mends them for itself (`jit.mend_array_types`).
 
     Args:
         data, batch_size, common: as for `Loader`, without `dtype` and `augment`. FFCV has no `uneven` and no ranks.
@@ -320,6 +321,8 @@ class FFCVLoader(_Baseline):
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with ExitStack() as leaving:
             with _thread_counts_kept(), on_device:
+                if self.os_cache:
+                    _ = self._loader.memory_manager.state_type  # see jit.mend_array_types: FFCV compiles by this
                 self._set_epoch_of_ffcv(epoch)
                 thread = iter(self._loader)
                 leaving.callback(_end, thread)

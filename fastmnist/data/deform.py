@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmnist.data.jit import jit
+from fastmnist.data.jit import jit, mend_array_types
 from fastmnist.data.warp import blend, interleave, locate, pixel_grid, scratch, transform
 
 VERSION = 1  # of the deformation: another one makes other images of the same seed
@@ -138,6 +138,7 @@ class Deformer:
     """
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray, image_shape: tuple[int, int, int], seed: int) -> None:
+        mend_array_types()
         self.data, self.offsets, self.seed = data, offsets, seed
         self.height, self.width, _ = image_shape
         along, down = spline_basis(self.width), spline_basis(self.height)

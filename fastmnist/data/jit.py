@@ -27,6 +27,17 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
+# FFCV declares these read-only for the whole process: what is compiled after that could not write to such an array.
+# Kept here, they are the very objects that it declares so; numba would else make new ones beside them.
+ARRAY_TYPES = (numba.uint8[::1], numba.uint8[:, ::1], numba.uint32[::1], numba.uint64[::1])
+
+
+def mend_array_types() -> None:
+    """Makes numba's types of arrays writable again; called before anything of ours may be compiled."""
+    for array_type in ARRAY_TYPES:
+        array_type.mutable = True
+
+
 def _prefetch(context, array, index):  # type: ignore[no-untyped-def]
     """Asks for the cache line that holds array[index], a hint that never fails, whatever the index."""
 

@@ -15,6 +15,7 @@ from fastmnist.data.beton import Beton, Verify
 from fastmnist.data.epochs import DTYPES, Batch, EpochLoader, check_choice
 from fastmnist.data.gathering import HostGatherer, Part
 from fastmnist.data.host import available_memory
+from fastmnist.data.jit import mend_array_types
 from fastmnist.data.kernels import gather
 from fastmnist.data.normalise import Normaliser
 from fastmnist.data.order import EpochOrder, Kind, Uneven, Window
@@ -160,6 +161,7 @@ class Loader(EpochLoader):
         }
 
     def _prepare(self) -> None:
+        mend_array_types()
         file, size = self.file, self.file.image_size
         if self.dtype != torch.uint8:  # the statistics of a file without ours take a pass over it
             self._normalise = Normaliser(*file.moments, self.device)
@@ -204,6 +206,7 @@ class Loader(EpochLoader):
             self._plan_ahead = epoch, helpers.submit(_make_plan, epoch, *self._plan_arguments())
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        mend_array_types()
         parts = self._parts(epoch, first)
         if self._on_device:
             return self._device_batches(parts)
