@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.ffcv, pytest.mark.filterwarnings("ignore")]
 SHAPES = [(28, 28), (9, 7), (5, 4, 3)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def ffcvs_functions_are_collected_here():
     """What FFCV compiled is in reference cycles, on whose end numba's finalizer stumbles: under this file's filter."""
     yield
-    gc.collect()
+    for _ in range(3):  # what a finalizer held ends with the next
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
