@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmnist.data import host
+from fastmnist.data import gathering, host, paging
 from fastmnist.data import loader as loader_module
 from fastmnist.data import order as order_module
 from fastmnist.data.host import available_memory
@@ -245,3 +246,36 @@ def test_a_file_that_is_cut_within_an_epoch_is_an_error(paged: Path, tmp_path: P
             list(batches)
         path.write_bytes(paged.read_bytes())
         assert len(list(loader)) == len(loader)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_window_is_not_read_over_while_helpers_still_gather_from_it(
+    paged: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """Calls are given out ahead of what is gathered: here each waits, so that reading would overtake it."""
+    monkeypatch.setattr(gathering, "CALL_BYTES", 256)
+    monkeypatch.setattr(loader_module, "SAMPLES_AT_A_TIME", 16)
+    monkeypatch.setattr(quasi_random_order, "__defaults__", (1,))
+    with Loader(paged, 16, device="cpu", order="quasi_random", threads=4) as loader:
+        real = loader._host._kernel
+
+        def late(*arguments: object) -> None:
+            time.sleep(0.003)
+            real(*arguments)
+
+        monkeypatch.setattr(loader._host, "_kernel", late)
+        assert loader._host.threads == 4
+        loader.load_state_dict(loader.state_dict() | {"batch": first})
+        found = torch.cat([images.clone() for images, _ in loader]).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(found, loader.file.images(loader.epoch_indices(0)[first * 16 :]))
+
+
+def test_a_resumed_epoch_reads_no_window_that_is_past(paged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = paging._read
+    monkeypatch.setattr(paging, "_read", lambda file, pages, memory: read.extend(pages) or real(file, pages, memory))
+    monkeypatch.setattr(quasi_random_order, "__defaults__", (2,))
+    with Loader(paged, 64, device="cpu", order="quasi_random") as loader:
+        loader.load_state_dict(loader.state_dict() | {"batch": len(loader) - 1})
+        assert len(list(loader)) == 1
+    assert 0 < len(read) <= 4  # of 16 pages

@@ -81,6 +81,11 @@ class HostGatherer:
         self._helpers = Helpers(self.threads - 1)
         self._pool = BufferPool(self._step, file.image_shape, self.dtype, keep=2 * self._ahead, reuse=reuse)
 
+    @property
+    def lag(self) -> int:
+        """Samples of the parts before it that may not be gathered yet when `batches` asks for its next part."""
+        return self._ahead * self._step
+
     def batches(
         self, parts: Iterator[Part], labels: np.ndarray, meanwhile: Callable[[Helpers], None]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

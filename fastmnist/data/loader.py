@@ -225,8 +225,11 @@ class Loader(EpochLoader):
         """The epoch from batch `first` on, some whole batches at a time."""
         rows, windows, draws = self._plan(epoch)
         step = max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
-        reader = WindowReader(self.file, windows, step, self._reading) if len(windows) > 1 else None
-        for start in range(first * self.batch_size, self._taken, step):
+        begin, reader = first * self.batch_size, None
+        if len(windows) > 1:
+            lag = self._host.lag
+            reader = WindowReader(self.file, windows, first=begin, step=step, lag=lag, helper=self._reading)
+        for start in range(begin, self._taken, step):
             stop = min(start + step, self._taken)
             part = rows[start:stop]
             drawn = None if draws is None else draws[start:stop]

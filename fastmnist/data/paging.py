@@ -26,19 +26,24 @@ class WindowReader:
     Args:
         file: that is read.
         windows: of the epoch, one after the other.
+        first: the place of the epoch that it begins with; windows before it are not read.
         step: samples that are asked for at a time, at most.
+        lag: samples before those that may still be gathered from `data` when the next ones are asked for.
         helper: the thread that reads.
     """
 
-    def __init__(self, file: Beton, windows: Sequence[Window], step: int, helper: Helpers) -> None:
-        self._file, self._helper = file, helper
+    def __init__(
+        self, file: Beton, windows: Sequence[Window], *, first: int, step: int, lag: int, helper: Helpers
+    ) -> None:
+        self._file, self._helper, self._lag = file, helper, lag
+        windows = windows[sum(window.start <= first for window in windows) - 1 :]
         self._coming = deque(windows)
         self._present: deque[tuple[Window, int, Piece]] = deque()  # with its slot
         self._page_size = file.page_size
         self._width = max(len(window.pages) for window in windows)
         starts = np.array([window.start for window in windows])
         # However the step falls, so many windows are in use at a time; one more is on its way.
-        in_use = np.searchsorted(starts, starts + step, side="left") - np.arange(len(starts)) + 1
+        in_use = np.searchsorted(starts, starts + step + lag, side="left") - np.arange(len(starts)) + 1
         slots = min(int(in_use.max()) + 1, len(windows))
         self._free = deque(range(slots))
         self._memory = np.empty(slots * self._width * self._page_size, np.uint8)
@@ -53,10 +58,8 @@ class WindowReader:
             DataError: the file cannot be read to its end.
         """
         stop = start + len(samples)
-        while len(self._present) > 1 and self._present[1][0].start <= start:
-            _, slot, piece = self._present.popleft()
-            piece.wait()  # one that was passed over, when an epoch begins in its middle
-            self._free.append(slot)
+        while len(self._present) > 1 and self._present[1][0].start <= start - self._lag:
+            self._free.append(self._present.popleft()[1])
         while self._coming and self._free:
             self._begin(self._coming.popleft(), self._free.popleft())
         for window, slot, piece in self._present:
