@@ -56,6 +56,32 @@ class DataConfig:
     prefetch: int = 3
     """Batches on their way to a GPU ahead of the current one (ours)."""
 
+    order: Literal["auto", "random", "quasi_random"] = "auto"
+    """Order of the training images: random, or some pages of the file at a time; auto does the latter where ours
+    streams a file larger than the memory."""
+
+    reuse_buffers: bool = False
+    """Hand out the same memory for each batch (ours, ffcv): a training step needs none but its own."""
+
+    prefetch_factor: Optional[int] = None
+    """Batches that each process of a DataLoader is ahead; by default 2."""
+
+    persistent_workers: Optional[bool] = None
+    """Keep a DataLoader's processes from epoch to epoch; by default true for tuned, false for dataloader."""
+
+    pin_memory: Optional[bool] = None
+    """Copy a DataLoader's batches to a GPU through page-locked memory; by default true for tuned, false for
+    dataloader."""
+
+    batches_ahead: int = 3
+    """Batches that FFCV has ready ahead of the current one."""
+
+    os_cache: bool = True
+    """FFCV reads through the system's page cache, or else into memory of its own."""
+
+    tuned_on: Optional[str] = None
+    """Hardware and data that the settings were tuned on, written by fastmnist tune; train warns when it is another."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -153,6 +179,8 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             ("workers", 0, 64),
             ("threads", 0, 1024),
             ("prefetch", 0, 64),
+            ("prefetch_factor", 1, 64),
+            ("batches_ahead", 1, 64),
             ("epochs", 1, math.inf),
             ("momentum", 0, 0.9999),
             ("weight_decay", 0, math.inf),

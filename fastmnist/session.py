@@ -104,12 +104,10 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
         "rank": 0,  # one process; a sharded evaluation would be wrong in silence
         "world_size": 1,
     }
-    ours: dict[str, Any] = {"placement": config.placement, "threads": config.threads, "prefetch": config.prefetch}
 
     def evaluation(file: Beton, indices: np.ndarray | None) -> Loader:
-        return Loader(file, EVALUATION_BATCH, shuffle=False, indices=indices, **common, **ours)
+        return Loader(file, EVALUATION_BATCH, shuffle=False, indices=indices, **common, **_settings_of_ours(config))
 
-    of_kind = ours if config.loader == "ours" else _settings_of_another(config)
     return RunLoaders(
         train=LOADERS[config.loader](
             files.train,
@@ -118,21 +116,40 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
             indices=training,
             drop_last=True,
             **common,
-            **of_kind,
+            **loader_settings(config),
         ),
         validation=None if validation is None else evaluation(files.train, validation),
         test=evaluation(files.test, None),
     )
 
 
-def _settings_of_another(config: TrainConfig) -> dict[str, Any]:
-    """What a loader other than ours is given of its own."""
-    settings: dict[str, Any] = {}
-    if config.workers is not None and config.loader != "tensors":
-        settings["workers"] = config.workers
-    if config.loader == "dataloader" and config.augment:  # sample by sample; the Trainer augments the others' batches
-        settings["augment"] = Augmentation(config.shift, config.rotation, config.scale)
-    return settings
+def loader_settings(config: TrainConfig) -> dict[str, Any]:
+    """What `LOADERS[config.loader]` is given for training that depends on which loader it is.
+
+    An `augment` is among it where the loader augments and the Trainer does not (sample by sample).
+    """
+    optional: dict[str, Any] = {}  # None is the loader's own default
+    settings: dict[str, Any] = {"order": config.order}
+    if config.loader == "ours":
+        settings |= _settings_of_ours(config) | {"reuse_buffers": config.reuse_buffers}
+    elif config.loader == "ffcv":
+        optional = {"workers": config.workers}
+        settings |= {
+            "batches_ahead": config.batches_ahead,
+            "os_cache": config.os_cache,
+            "reuse_buffers": config.reuse_buffers,
+        }
+    elif config.loader in ("dataloader", "tuned"):
+        names = ("workers", "prefetch_factor", "persistent_workers", "pin_memory")
+        optional = {name: getattr(config, name) for name in names}
+        if config.loader == "dataloader" and config.augment:
+            optional["augment"] = Augmentation(config.shift, config.rotation, config.scale)
+    return settings | {name: value for name, value in optional.items() if value is not None}
+
+
+def _settings_of_ours(config: TrainConfig) -> dict[str, Any]:
+    """Those that evaluation takes too, whatever loads the training images."""
+    return {"placement": config.placement, "threads": config.threads, "prefetch": config.prefetch}
 
 
 def _split(file: Beton, config: TrainConfig) -> tuple[np.ndarray, np.ndarray | None]:

@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision import transforms
 
 from fastmnist.cli import main
@@ -32,7 +33,7 @@ from fastmnist.data.baselines import LOADERS, FFCVLoader, PlainDataLoader, Tenso
 from fastmnist.data.loader import Loader
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.run import train
-from fastmnist.session import make_loaders, open_files
+from fastmnist.session import loader_settings, make_loaders, open_files
 from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model
 from fastmnist.training.precision import Precision
@@ -266,6 +267,24 @@ def test_a_copy_goes_on_with_the_same_batch(open_loader, kind):
         assert_same_batches(copied(copy) + copied(copy), copied(loader) + copied(loader))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dataloader", {"workers": 1, "prefetch_factor": 3, "persistent_workers": True, "augment": MOVES}),
+        ("tuned", {"workers": 0, "prefetch_factor": 3, "persistent_workers": False, "pin_memory": True}),
+        pytest.param(
+            "ffcv", {"workers": 1, "batches_ahead": 2, "os_cache": False, "reuse_buffers": True}, marks=FFCV.marks
+        ),
+    ],
+)
+def test_a_copy_has_the_same_settings(open_loader, kind, options):
+    loader = open_loader(kind, order="quasi_random", **options)
+    with pickle.loads(pickle.dumps(loader)) as copy:
+        assert copy._settings() == loader._settings()
+    for name in options.keys() - {"pin_memory"}:  # which only a GPU has
+        assert loader._settings()[name] == options[name]
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_loop_that_is_left_early_is_followed_by_the_next_epoch(open_loader, kind):
     loader = open_loader(kind)
@@ -346,8 +365,10 @@ def open_descriptors() -> int:
     [
         ("dataloader", {}, 10),
         ("dataloader", {"workers": 2}, 2),
+        ("dataloader", {"workers": 2, "persistent_workers": True}, 2),
         ("tuned", {"workers": 0}, 10),
         ("tuned", {"workers": 2}, 3),
+        ("tuned", {"workers": 2, "persistent_workers": False}, 2),
         ("tensors", {}, 10),
         pytest.param("ffcv", {}, 3, marks=FFCV.marks),
         pytest.param("ffcv", {"os_cache": False}, 2, marks=FFCV.marks),
@@ -445,13 +466,34 @@ def test_a_program_that_ends_within_an_epoch_of_ffcv_ends(samples, in_a_new_proc
     assert in_a_new_process(script, samples[0]).split() == ["10"]
 
 
+def test_the_other_loaders_are_imported_without_ffcv(in_a_new_process):
+    script = """
+        import sys
+        from fastmnist.data.baselines import LOADERS, FFCVLoader
+        assert LOADERS["ffcv"] is FFCVLoader
+        print("ffcv" in sys.modules)
+    """
+    assert in_a_new_process(script) == "False\n"
+
+
 # Workers
 
 
 @with_workers
-@pytest.mark.parametrize("kind", ["dataloader", "tuned"])
-def test_workers_hand_out_the_same_batches(open_loader, kind):
-    loader, alone = open_loader(kind, workers=2, seed=6), open_loader(kind, workers=0, seed=6)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dataloader", {}),
+        ("dataloader", {"augment": MOVES, "prefetch_factor": 1, "pin_memory": True}),
+        ("dataloader", {"augment": MOVES, "persistent_workers": True}),
+        ("tuned", {}),
+        ("tuned", {"persistent_workers": False, "prefetch_factor": 4, "pin_memory": True}),
+    ],
+)
+def test_workers_hand_out_the_same_batches(open_loader, kind, options):
+    """Without workers most of these settings have no effect: what is left is the same order and the same bits."""
+    loader = open_loader(kind, workers=2, seed=6, **options)
+    alone = open_loader(kind, workers=0, seed=6, **options)
     for _ in range(2):
         assert_same_batches(loader, alone)
     loader.set_epoch(7)
@@ -465,8 +507,10 @@ def test_workers_hand_out_the_same_batches(open_loader, kind):
 
 
 @with_workers
-def test_tuned_workers_stay_serve_one_epoch_at_a_time_and_do_not_heed_ctrl_c(open_loader):
-    loader, alone = open_loader("tuned", workers=2, prefetch_factor=1), open_loader("tuned", workers=0)
+@pytest.mark.parametrize("kind", ["dataloader", "tuned"])
+def test_persistent_workers_stay_serve_one_epoch_at_a_time_and_do_not_heed_ctrl_c(open_loader, kind):
+    loader = open_loader(kind, workers=2, prefetch_factor=1, persistent_workers=True)
+    alone = open_loader(kind, workers=0)
     batches, expected = iter(loader), copied(alone)
     found = [next(batches), next(batches)]  # one of each: both have begun
     workers = {process.pid for process in multiprocessing.active_children()}
@@ -486,9 +530,25 @@ def test_tuned_workers_stay_serve_one_epoch_at_a_time_and_do_not_heed_ctrl_c(ope
 
 @with_workers
 @pytest.mark.parametrize("kind", ["dataloader", "tuned"])
+def test_other_workers_are_begun_anew_and_epochs_may_overlap(open_loader, kind):
+    loader = open_loader(kind, workers=1, prefetch_factor=1, persistent_workers=False)
+    first, second = iter(loader), iter(loader)
+    found = [(next(first), next(second)) for _ in range(len(loader) - 1)]
+    assert len(multiprocessing.active_children()) == 2
+    found.append((next(first), next(second)))
+    for batches in (first, second):
+        assert next(batches, None) is None
+    assert not multiprocessing.active_children()
+    alone = open_loader(kind, workers=0)
+    for epoch in zip(*found, strict=True):
+        assert_same_batches(epoch, alone)
+
+
+@with_workers
+@pytest.mark.parametrize("kind", ["dataloader", "tuned"])
 def test_an_error_in_a_worker_arrives_with_its_traceback(open_loader, kind):
     loader = open_loader(kind, workers=2)
-    dataset = loader._dataset if kind == "dataloader" else loader._loader.dataset
+    dataset = loader._loader.dataset
     if kind == "dataloader":
         dataset.targets = dataset.targets[:20]
     else:
@@ -517,15 +577,9 @@ def test_a_worker_that_is_killed_is_an_error_in_time(open_loader, monkeypatch):
 
 
 @with_workers
-def test_a_notebooks_augmentation_in_workers_repeats(open_loader):
-    epochs = [copied(open_loader("dataloader", 40, workers=2, augment=MOVES)) for _ in range(2)]
-    assert_same_batches(*epochs)
-
-
-@with_workers
 def test_how_many_workers_are_tuned(open_loader, monkeypatch):
     for cores, workers in ((1, 0), (2, 0), (3, 3), (16, 4)):
-        monkeypatch.setattr("fastmnist.data.baselines.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("fastmnist.data.dataloaders.cpu_count", lambda cores=cores: cores)
         assert open_loader("tuned").workers == workers
 
 
@@ -537,6 +591,7 @@ def test_how_many_workers_are_tuned(open_loader, monkeypatch):
     [
         ("dataloader", {"workers": -1}, "workers -1"),
         ("tuned", {"workers": -1}, "workers -1"),
+        ("dataloader", {"prefetch_factor": 0}, "prefetch_factor 0"),
         ("tuned", {"prefetch_factor": 0}, "prefetch_factor 0"),
         ("tuned", {"augment": MOVES}, "float dtype"),
         ("tensors", {"augment": MOVES}, "float dtype"),
@@ -662,12 +717,70 @@ def test_a_runs_loader_is_in_its_summary_and_stays_when_it_is_resumed(run_settin
     assert main(["train", "--resume", str(stopped.folder), "--loader", "dataloader"]) == 0
 
 
+OF_A_DATALOADER = {"workers": 1, "prefetch_factor": 4, "order": "quasi_random"}
+OF_OURS = {"placement": "resident", "threads": 1, "prefetch": 5, "reuse_buffers": True, "order": "quasi_random"}
+OF_FFCV = {"workers": 1, "batches_ahead": 2, "os_cache": False, "reuse_buffers": True, "order": "quasi_random"}
+
+
 @with_workers
-def test_workers_are_taken_from_the_command_line(make_trainer):
-    for kind, workers in (("dataloader", 3), ("tuned", 1)):
-        assert make_trainer(kind, workers=workers).loader.workers == workers
-    for kind in ("tensors", "ours"):  # which have none
-        make_trainer(kind, workers=2)
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("ours", OF_OURS),
+        ("dataloader", OF_A_DATALOADER | {"persistent_workers": True}),
+        ("tuned", OF_A_DATALOADER | {"persistent_workers": False}),
+        ("tensors", {"order": "quasi_random"}),
+        pytest.param("ffcv", OF_FFCV, marks=FFCV.marks),
+    ],
+)
+def test_each_loader_takes_its_settings_and_leaves_the_others(make_trainer, samples, kind, own):
+    everything = OF_OURS | OF_FFCV | OF_A_DATALOADER | own
+    loader = make_trainer(kind, **everything).loader
+    assert {name: getattr(loader, name) for name in own} == own
+    default = TrainConfig(loader=kind, augment=False)
+    with (
+        LOADERS[kind](samples[0], device="cpu") as plain,
+        LOADERS[kind](samples[0], device="cpu", **loader_settings(default)) as configured,
+    ):
+        assert configured._settings() == plain._settings()
+
+
+@pytest.mark.parametrize("kind", ["ours", FFCV])
+def test_a_run_that_reuses_buffers_ends_at_the_same_bits(run_settings, tmp_path, kind):
+    """Nothing in a run, its warm-up and validation included, looks at a batch after it has asked for the next."""
+    found = []
+    for reuse in (False, True):
+        changed = {"loader": kind, "reuse_buffers": reuse, "out": str(tmp_path / str(reuse))}
+        done = train(TrainConfig(**run_settings | changed))
+        found.append(load_file(done.folder / "model.safetensors") | {"accuracy": done.summary["test_accuracy"]})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(torch.as_tensor(found[0][name]), torch.as_tensor(found[1][name])) for name in found[0])
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_quasi_random_run_has_its_own_order_and_goes_on_in_it(make_trainer, kind):
+    whole, stopped, resumed = (make_trainer(kind, order="quasi_random") for _ in range(3))
+    losses = [whole.run_epoch()["train_loss"] for _ in range(2)]
+    stopped.run_epoch()
+    assert stopped.run_epoch(stop=lambda: stopped.step == 27) is None
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.run_epoch()["train_loss"] == losses[1]
+    assert weights(resumed) == weights(whole)
+    with pytest.raises(DataError, match="quasi_random, this loader has"):
+        make_trainer(kind).load_state_dict(stopped.state_dict())
+
+
+@pytest.mark.parametrize("placement", ["stream", "resident"])
+def test_mnist_is_trained_on_in_a_quasi_random_order(make_trainer, mnist_folder, placement):
+    settings = {"dataset": "mnist", "data_dir": str(mnist_folder), "batch_size": 500, "placement": placement}
+    loader = make_trainer("ours", order="quasi_random", **settings).loader
+    assert loader.order == "quasi_random"
+    order = loader.epoch_indices(0)
+    assert len(np.unique(order)) == len(order) == 55_000
+    for number, (images, labels) in enumerate(loader):
+        rows = order[number * 500 : (number + 1) * 500]
+        np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), loader.file.images(rows))
+        np.testing.assert_array_equal(labels.numpy(), loader.file.labels[rows])
 
 
 @pytest.mark.slow
@@ -693,7 +806,10 @@ def test_all_loaders_train_to_about_the_same_accuracy(tmp_path):
     [
         ("dataloader", {}),
         ("tuned", {"workers": 0}),
+        ("dataloader", {"pin_memory": True}),
+        ("dataloader", {"pin_memory": True, "workers": 2, "persistent_workers": True}),
         ("tuned", {"workers": 2}),
+        ("tuned", {"workers": 2, "persistent_workers": False, "pin_memory": False}),
         ("tensors", {}),
         pytest.param("ffcv", {}, marks=FFCV.marks),
         pytest.param("ffcv", {"reuse_buffers": True}, marks=FFCV.marks),

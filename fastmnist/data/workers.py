@@ -16,7 +16,17 @@ from torchvision.datasets import MNIST, VisionDataset
 LONGEST_WAIT = 60  # seconds for one batch from workers, their start included, before it counts as an error
 
 
-class Grey(MNIST):
+class Seeded(Dataset[Any]):
+    """A dataset whose samples draw from torch's random bits: each batch brings the seed of its own."""
+
+    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
+        seed, rows = batch
+        with torch.random.fork_rng(devices=[]):  # without workers they are the bits that a model's dropout uses
+            torch.default_generator.manual_seed(seed)
+            return [self[row] for row in rows]
+
+
+class Grey(Seeded, MNIST):
     """torchvision's MNIST on the images of a compiled file: (N, H, W, 1) uint8, without a download of its own."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Any) -> None:
@@ -24,7 +34,7 @@ class Grey(MNIST):
         self.data, self.targets = images.squeeze(3), labels
 
 
-class Coloured(Dataset[Any]):
+class Coloured(Seeded):
     """The same for (N, H, W, 3), which that class does not hold."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Any) -> None:
@@ -49,12 +59,12 @@ class Batched(Dataset[Any]):
 
 
 class Plan(Sampler[Any]):
-    """A batch sampler whose batches are those that the list holds when an epoch begins."""
+    """A batch sampler whose batches, as the dataset is asked for them, are those in the list when an epoch begins."""
 
-    def __init__(self, batches: list[np.ndarray]) -> None:
+    def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(list(self.batches))
 
     def __len__(self) -> int:
