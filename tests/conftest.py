@@ -6,6 +6,7 @@ parts ("mnist", "ffcv", "gpu"): a test that needs one of them then fails where i
 
 from __future__ import annotations
 
+import gc
 import gzip
 import importlib
 import os
@@ -69,6 +70,15 @@ def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("FASTMNIST_DATA", raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def what_ffcv_compiled_is_collected(request: pytest.FixtureRequest) -> Iterator[None]:
+    """It is in reference cycles, on whose end numba's finalizer may stumble: not in another test."""
+    yield
+    if request.node.get_closest_marker("ffcv"):
+        for _ in range(3):  # what a finalizer held ends with the next
+            gc.collect()
 
 
 @pytest.fixture(scope="session")

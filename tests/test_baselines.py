@@ -49,15 +49,6 @@ EVERY = ["ours", *OTHERS]
 with_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-@pytest.fixture(autouse=True)
-def what_ffcv_compiled_is_collected_here(request):
-    """It is in reference cycles, on whose end numba's finalizer may stumble: under that test's filter."""
-    yield
-    if request.node.get_closest_marker("ffcv"):
-        for _ in range(3):  # what a finalizer held ends with the next
-            gc.collect()
-
-
 @pytest.fixture(scope="module")
 def samples(scratch, write_small_beton):
     """(path, images, labels) of one file of two pages for all tests that need no other."""

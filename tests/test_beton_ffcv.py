@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import warnings
 
@@ -18,14 +17,6 @@ from fastmnist.errors import DataError
 pytestmark = [pytest.mark.ffcv, pytest.mark.filterwarnings("ignore")]
 
 SHAPES = [(28, 28), (9, 7), (5, 4, 3)]
-
-
-@pytest.fixture(autouse=True)
-def ffcvs_functions_are_collected_here():
-    """What FFCV compiled is in reference cycles, on whose end numba's finalizer stumbles: under this file's filter."""
-    yield
-    for _ in range(3):  # what a finalizer held ends with the next
-        gc.collect()
 
 
 @pytest.fixture(scope="module")
