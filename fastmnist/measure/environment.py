@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from joblib import cpu_count
@@ -34,6 +37,47 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def commit() -> str | None:
+    """The git commit that this package stands at, "+" after it when tracked files differ; None outside a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(package.parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """What every figure carries: hardware, versions, date and commit."""
+    return {
+        "hardware": hardware(device),
+        "versions": versions(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit(),
+    }
+
+
+def describe_hardware(found: dict[str, Any]) -> str:
+    """`hardware` in one line: "AMD EPYC 7763, 2 cores" or with the GPU's name after it."""
+    parts = [str(found["processor"]), f"{found['cores']} core{'s' if found['cores'] != 1 else ''}"]
+    if "gpu" in found:
+        parts.append(str(found["gpu"]))
+    return ", ".join(parts)
+
+
+def tuned_on(device: torch.device, image_shape: tuple[int, int, int], dataset: str) -> str:
+    """What settings were tuned on, in one line; `train` compares it with what it runs on."""
+    return f"{describe_hardware(hardware(device))}; {dataset}, {' x '.join(map(str, image_shape))}"
 
 
 def _processor() -> str:
