@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 SHOW_AFTER = 1.0  # seconds that a compilation takes before its progress is shown
@@ -58,6 +59,22 @@ class Reporter:
                 yield
             finally:
                 self._bar = None
+
+    @contextmanager
+    def working(self) -> Iterator[Callable[[str, float], None]]:
+        """Gives a function that is told what is being done and which share of all is done, and shows both."""
+        if self.quiet or not self.console.is_terminal:
+            yield self._plain_line
+            return
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"))
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda text, share: bar.update(task, completed=share, description=escape(text))
+
+    def _plain_line(self, text: str, share: float) -> None:
+        if time.monotonic() - self._last_line > PLAIN_EVERY:
+            self._last_line = time.monotonic()
+            self.say(f"{share:.0%}  {text}")
 
     def show(self, record: Mapping[str, Any], epochs: int) -> None:
         """One step record, as the progress line."""
