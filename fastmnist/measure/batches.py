@@ -1,0 +1,96 @@
+"""Batches of any loader: one epoch after the other, and the tensors in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from fastmnist.errors import DataError
+
+_END = object()
+
+
+class Chained:
+    """The batches of a loader, one epoch after the other.
+
+    Raises:
+        DataError: an epoch has no batch.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader, self._any = loader, False
+        self._batches: Iterator[Any] = iter(())
+
+    def __next__(self) -> Any:
+        batch = next(self._batches, _END)
+        if batch is not _END:
+            return batch
+        self._batches = iter(self._loader)
+        batch = next(self._batches, _END)
+        if batch is not _END:
+            self._any = True
+            return batch
+        what = type(self._loader).__name__
+        if self._any:
+            raise DataError(f"the {what} yields no batch the second time; give a loader that begins anew, no generator")
+        raise DataError(f"the {what} yields no batch; is it used up, or its dataset smaller than a batch?")
+
+
+def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a structure of tuples, lists and dicts."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_of(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from tensors_of(value)
+
+
+def length_of(batch: Any) -> int:
+    """The images of a batch: the length of its last tensor; 0 where there is none."""
+    shape: tuple[int, ...] = ()
+    for tensor in tensors_of(batch):
+        shape = tensor.shape
+    return shape[0] if shape else 0
+
+
+def with_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same structure, each tensor changed; what else is in it stays as it is."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, MutableMapping):
+        other = copy.copy(batch)
+        for key, value in batch.items():
+            other[key] = with_tensors(value, change)
+        return other
+    if isinstance(batch, (list, tuple)):
+        values = [with_tensors(value, change) for value in batch]
+        if hasattr(batch, "_make"):  # a named tuple
+            return batch._make(values)
+        return values if isinstance(batch, list) else tuple(values)
+    return batch
+
+
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the loader cannot overwrite, pinned if the tensor is: copying it to a GPU takes as long."""
+    clone = tensor.detach().clone()
+    return clone.pin_memory() if tensor.is_pinned() else clone
+
+
+class BatchCount:
+    """Counts batches, a partial one as the part that it is of a whole one of `images`; None counts each as one."""
+
+    def __init__(self, images: int | None) -> None:
+        self._images, self._sum = images, 0
+
+    def add(self, batch: Any) -> None:
+        self._sum += length_of(batch) if self._images else 1
+
+    @property
+    def batches(self) -> float:
+        return self._sum / (self._images or 1)

@@ -1,0 +1,134 @@
+"""Training loops to measure: the step of a run without its folder, and batches of any loader, without an end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from fastmnist.config import TrainConfig
+from fastmnist.data.augment import Augmentation
+from fastmnist.data.epochs import Batch
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.report.progress import Reporter
+from fastmnist.training.loop import Trainer
+from fastmnist.training.precision import choose_compile, choose_device, choose_precision
+
+if TYPE_CHECKING:
+    from fastmnist.session import RunFiles, RunLoaders
+
+
+class TrainingSetup(NamedTuple):
+    """What `training_setup` gives.
+
+    files: the compiled files; `files.train` is the one to load from.
+    config: resolved: every setting that depends on the data has its value.
+    device: of the model.
+    indices: (n,) int64, the samples to train on, without those that are held out for validation.
+    loaders: those of `config`, their batches on `device`.
+    step: one training step with a batch of any loader over `files.train`: images (B, C, H, W), uint8 (augmented on the
+        device) or float (augmented and normalised already), and labels (B,) int64, B at most `largest_batch`.
+    """
+
+    files: RunFiles
+    config: TrainConfig
+    device: torch.device
+    indices: np.ndarray
+    loaders: RunLoaders
+    step: Callable[[Batch], None]
+
+
+@contextmanager
+def training_setup(
+    config: TrainConfig, reporter: Reporter, largest_batch: int | None = None
+) -> Iterator[TrainingSetup]:
+    """Opens files and loaders, builds model and optimizer as a run does, and closes them when the block ends.
+
+    Compiled only when `config.compile` names a mode. The learning rate stays the schedule's first, small one, and all
+    batches are augmented by the same draws: a step costs what it costs in a run, and no loss grows without bound.
+
+    Args:
+        largest_batch: that `step` is given; by default config.batch_size.
+        reporter: is told of files that are compiled and of the dataset that is taken in another's place.
+
+    Raises:
+        DataError: the data cannot be used.
+        ConfigError: a setting cannot work, or a batch does not fit into the GPU's memory (raised by `step`).
+        FastmnistError: the mode that `config.compile` names does not work here.
+    """
+    # torchvision and scikit-learn take seconds to import, and who measures a loop of their own needs neither.
+    from fastmnist.session import make_loaders, open_files
+    from fastmnist.training.model import build_model
+
+    with ExitStack() as leaving:
+        files, config = open_files(config, reporter.compiling)
+        leaving.callback(files.close)
+        if files.note:
+            reporter.say(files.note)
+        device = choose_device(config.device)
+        precision = choose_precision(config.amp, device)
+        choose_compile(config.compile, device, 0.0)  # says at once what cannot work
+        loaders = make_loaders(files, config, device)
+        leaving.callback(loaders.close)
+        height, width, channels = files.train.image_shape
+        torch.manual_seed(config.seed)
+        model = build_model(
+            config.model,
+            stem=config.stem,
+            num_classes=len(files.train.class_names),
+            in_channels=channels,
+            image_size=(height, width),
+        ).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trainer = Trainer(model, loaders.train, config, precision)
+        model.train()
+        leaving.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))  # as in a run
+        transforms = _transforms(config, largest_batch or config.batch_size, (height, width), device)
+        if config.compile not in ("auto", "off"):
+            shape = (config.batch_size, channels, height, width)
+            _compile(trainer, config.compile, shape, transforms)
+        yield TrainingSetup(files, config, device, loaders.train.indices, loaders, _step_of(trainer, transforms))
+
+
+def _transforms(
+    config: TrainConfig, count: int, image_size: tuple[int, int], device: torch.device
+) -> torch.Tensor | None:
+    """(count, 2, 3) on the device, drawn once; None without augmentation."""
+    if not config.augment:
+        return None
+    augmentation = Augmentation(config.shift, config.rotation, config.scale)
+    matrices = augmentation.matrices(augmentation.draw(count, config.seed, 0), image_size)
+    return torch.from_numpy(matrices).to(device)
+
+
+def _step_of(trainer: Trainer, transforms: torch.Tensor | None) -> Callable[[Batch], None]:
+    device = trainer.device
+
+    def step(batch: Batch) -> None:
+        images, labels = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+        part = None if transforms is None or images.dtype != torch.uint8 else transforms[: len(labels)]
+        trainer.step = 0  # there is no end of steps
+        try:
+            trainer.train_step((images, labels), part, 0)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"--batch-size {len(labels)} does not fit into the memory of {device}; take a smaller one"
+            ) from None
+
+    return step
+
+
+def _compile(trainer: Trainer, mode: str, shape: tuple[int, ...], transforms: torch.Tensor | None) -> None:
+    """Compiles the step for batches of that shape, as the run's own loader makes them."""
+    how: dict[str, str] = {"backend": mode} if mode == "cudagraphs" else {"mode": mode}
+    trainer.compute = torch.compile(trainer.forward, **how)  # type: ignore[call-overload]
+    dtype, device = trainer.loader.dtype, trainer.device
+    images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    try:
+        trainer.trial((images, labels), transforms if dtype == torch.uint8 else None)
+    except Exception as error:
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise FastmnistError(f"--compile {mode} does not work here: {what}; say --compile off") from error
