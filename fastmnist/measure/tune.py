@@ -1,0 +1,316 @@
+"""The fastest loader settings on this machine, for a training run or for anybody's loader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from joblib import cpu_count
+
+from fastmnist.config import LoaderName, TrainConfig
+from fastmnist.data.baselines import LOADERS
+from fastmnist.errors import ConfigError
+from fastmnist.files import write_bytes
+from fastmnist.measure.environment import describe_hardware, hardware, origin, tuned_on
+from fastmnist.measure.race import Candidate, Progress, Race, Racing, Settings, combinations, describe
+from fastmnist.measure.training import TrainingSetup, training_setup
+from fastmnist.report.progress import Reporter
+from fastmnist.session import loader_settings
+
+LEAST_BUDGET = 1.0
+MOST_SPACE_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found.
+
+    Attributes:
+        settings: the simplest that tie with the fastest, as keywords of the loader (of `TrainConfig`, for a run).
+        race: all candidates with their values.
+        what: was measured, in words. on: what, in one line. origin: hardware, versions, date, commit.
+        unit: of the values.
+    """
+
+    settings: Settings
+    race: Race
+    what: str
+    budget: float
+    on: str
+    origin: dict[str, Any]
+    unit: str = "images/s"
+
+    @property
+    def simplest(self) -> Candidate:
+        """The settings that the others are held against."""
+        return min(self.race.candidates, key=lambda candidate: candidate.number)
+
+    def verdict(self) -> str:
+        """What was found, in one sentence."""
+        chosen, simplest = self.race.chosen, self.simplest
+        measured = [candidate for candidate in self.race.candidates if candidate.values]
+        ties = sum(candidate.status in ("best", "tie") for candidate in measured)
+        if chosen is simplest:
+            among = f", {ties} of them no different" if ties > 1 else ""
+            return f"The simplest settings are as fast as any of {len(measured)} measured{among}: {chosen.name}."
+        gain = chosen.summary().median / simplest.summary().median if simplest.values else float("nan")
+        return f"{chosen.name}: {gain:.2f} times as fast as {simplest.name}, the best of {len(measured)} measured."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `report.search.plot_search` and --json take them."""
+        found = []
+        for candidate in self.race.candidates:
+            line = {
+                "name": candidate.name,
+                "settings": candidate.settings,
+                "rounds": candidate.rounds,
+                "status": candidate.status,
+                "reason": candidate.reason,
+                "chosen": candidate is self.race.chosen,
+                "memory_bytes": candidate.memory,
+            }
+            found.append(line | (candidate.summary().to_dict() if candidate.values else {}))
+        return {
+            "what": self.what,
+            "unit": self.unit,
+            "settings": self.settings,
+            "candidates": found,
+            "default": self.simplest.name,
+            "budget_seconds": self.budget,
+            "seconds": self.race.seconds,
+            **self.origin,
+        }
+
+
+def tune_loader(
+    make: Callable[..., Iterable[Any]],
+    space: Mapping[str, Sequence[Any]],
+    step: Callable[[Any], Any] | None = None,
+    *,
+    budget: float = 30.0,
+    max_memory: int | None = None,
+    ahead: Callable[[Settings], int] | None = None,
+    progress: Progress = lambda text, share: None,
+) -> Tuning:
+    """The fastest settings of any loader, measured in your own training loop.
+
+    Candidates that are clearly slower are dropped early; the others are measured again in turn. Of those that tie with
+    the fastest (their 95 % intervals overlap, and the median is at least 0.95 of its) the simplest is chosen.
+
+    Args:
+        make: `make(**settings)` gives a loader that can be iterated over again and again. It is closed by its `close`,
+            if it has one.
+        space: the values of each setting, the simplest first: {"num_workers": [0, 1, 2, 4], "prefetch_factor": [2, 4]}.
+        step: one training step with a batch as the loader yields it; None measures the loader alone. Its weights
+            change: hand it a copy of your model.
+        budget: seconds in all.
+        max_memory: bytes that loaders which are open at the same time may take; what takes more is left out.
+        ahead: batches that a loader with these settings may have ready before they are asked for, which are used up
+            before a turn is timed; by default num_workers * prefetch_factor.
+
+    Raises:
+        ConfigError: the budget is too small to measure anything, there is nothing to choose from, or the loader yields
+            nothing. FastmnistError: no settings work; the first error is its cause.
+    """
+    if not space or not all(len(values) for values in space.values()):
+        raise ConfigError("space needs at least one setting, and each at least one value")
+    _check_budget(budget)
+    racing = Racing(
+        combinations(space),
+        lambda settings: make(**settings),
+        step,
+        budget,
+        max_memory=max_memory,
+        ahead=ahead or _ahead,
+        progress=progress,
+    )
+    race = racing.race()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    what = "the loader alone" if step is None else "training steps"
+    on = describe_hardware(hardware(device))
+    return Tuning(dict(race.chosen.settings), race, what, budget, on, origin(device))
+
+
+def _check_budget(budget: float) -> None:
+    if not budget >= LEAST_BUDGET:
+        raise ConfigError(f"--budget {budget:g}: nothing is measured in less than {LEAST_BUDGET:g} s; give about 30")
+
+
+def _ahead(settings: Settings) -> int:
+    workers = settings.get("num_workers", settings.get("workers")) or 0
+    ready = [workers * (settings.get("prefetch_factor") or 2)]
+    ready += [settings.get(name) or 0 for name in ("batches_ahead", "prefetch")]
+    return max(1, *ready)
+
+
+def space_of(
+    loader: LoaderName, device: torch.device, batch_sizes: Sequence[int], orders: Sequence[str]
+) -> dict[str, Sequence[Any]]:
+    """The values that each setting of a loader may have here, the simplest first; names are those of `TrainConfig`."""
+    cores, gpu = cpu_count(), device.type == "cuda"
+    workers = sorted({0, 1, 2, min(4, cores), min(MOST_SPACE_WORKERS, cores)})
+    common: dict[str, Sequence[Any]] = {"loader": [loader], "batch_size": batch_sizes}
+    if loader == "ours":
+        return common | {
+            "order": orders,
+            "placement": ["auto", "resident", "stream"] if gpu else ["auto", "resident"],
+            "threads": sorted({0, 1, 2, cores}),
+            "prefetch": [3, 1, 2, 8] if gpu else [3],
+            "reuse_buffers": [False, True],
+        }
+    if loader == "ffcv":
+        return common | {
+            "order": orders,
+            "workers": sorted({1, min(2, cores), cores}),
+            "batches_ahead": [3, 1, 8],
+            "os_cache": [True, False],
+            "reuse_buffers": [False, True],
+        }
+    if loader in ("dataloader", "tuned"):
+        return common | {
+            "workers": workers,
+            "prefetch_factor": [2, 4],
+            "persistent_workers": [False, True] if loader == "dataloader" else [True, False],
+            "pin_memory": ([False, True] if loader == "dataloader" else [True, False]) if gpu else [False],
+        }
+    return common
+
+
+def simplest(settings: Settings, placement: str) -> Settings:
+    """Settings that do the same, with whatever has no effect beside the others at its simplest.
+
+    placement: what "auto" means here.
+    """
+    found = dict(settings)
+    if found["loader"] == "ours":
+        if found["placement"] == placement:
+            found["placement"] = "auto"
+        resident = (placement if found["placement"] == "auto" else found["placement"]) == "resident"
+        if resident and torch.cuda.is_available():
+            found |= {"threads": 0, "prefetch": 3, "reuse_buffers": False}
+    if found["loader"] in ("dataloader", "tuned") and not found["workers"]:
+        found |= {"prefetch_factor": 2, "persistent_workers": found["loader"] == "tuned"}
+    return found
+
+
+def tune(
+    config: TrainConfig | None = None,
+    *,
+    loader: LoaderName | str = "ours",
+    budget: float = 30.0,
+    loader_only: bool = False,
+    max_memory: int | None = None,
+    batch_sizes: Sequence[int] = (),
+    orders: Sequence[str] = (),
+    reporter: Reporter | None = None,
+    progress: Progress = lambda text, share: None,
+) -> Tuning:
+    """The fastest loader settings for a training run on this machine, measured in its own training step.
+
+    Batch size and order are kept, and with them the samples of every step and the accuracy; only when others are named
+    here are those tried too.
+
+    Args:
+        config: of the run. loader: a name of `LOADERS`, or "all". budget: seconds in all.
+        loader_only: measure the loader without the model. max_memory: bytes, as for `tune_loader`.
+        batch_sizes, orders: to try besides the run's own.
+
+    Raises:
+        ConfigError, DataError: a setting or the data cannot be used; FFCV is missing; the budget is too small.
+    """
+    begun = time.perf_counter()
+    config = config or TrainConfig()
+    _check_budget(budget)
+    names: tuple[Any, ...] = tuple(LOADERS) if loader == "all" else (loader,)
+    if loader != "all" and loader not in LOADERS:
+        raise ConfigError(f"--loader {loader}: none of all, {', '.join(LOADERS)}")
+    sizes = list(dict.fromkeys([config.batch_size, *batch_sizes]))
+    with training_setup(config, reporter or Reporter(quiet=True), max(sizes)) as setup:
+        candidates: list[Candidate] = []
+        _check_sizes(sizes, setup)
+        for name in names:
+            candidates += _candidates(name, setup, sizes, list(dict.fromkeys([config.order, *orders])), len(names) > 1)
+        candidates.sort(key=lambda candidate: candidate.complexity)
+        gpu = setup.device.type == "cuda"
+        racing = Racing(
+            candidates,
+            lambda settings: make_loader(setup, settings),
+            None if loader_only else setup.step,
+            budget,
+            max_memory=max_memory,
+            ahead=lambda settings: _ahead(settings if gpu else settings | {"prefetch": 0}),
+            progress=progress,
+            begun=begun,
+        )
+        race = racing.race()
+        on = tuned_on(setup.device, setup.files.train.image_shape, str(setup.config.dataset))
+        found = origin(setup.device) | {"device": str(setup.device), "dataset": setup.config.dataset}
+    what = f"batches of {config.batch_size} images"
+    if not loader_only:
+        what = f"training steps of {config.model}, {what}"
+    return Tuning(race.chosen.settings, race, f"{what}, {found['dataset']}", budget, on, found)
+
+
+def _check_sizes(sizes: Sequence[int], setup: TrainingSetup) -> None:
+    for size in sizes:
+        if not 2 <= size <= len(setup.indices):
+            raise ConfigError(
+                f"--batch-sizes {size}: {setup.config.dataset} has {len(setup.indices):,} images to train on; "
+                "take 2 to that many"
+            )
+
+
+def _candidates(
+    name: LoaderName, setup: TrainingSetup, sizes: Sequence[int], orders: Sequence[str], named: bool
+) -> list[Candidate]:
+    space = space_of(name, setup.device, sizes, orders)
+    defaults = {key: values[0] for key, values in space.items()}
+    with LOADERS["ours"](setup.files.train, 2, device=setup.device, indices=setup.indices) as ours:
+        placement = str(getattr(ours, "placement"))  # noqa: B009
+
+    def label(settings: Settings) -> str:
+        return f"{name}: {describe(settings, defaults)}" if named else describe(settings, defaults)
+
+    return combinations(space, lambda settings: simplest(settings, placement), label)
+
+
+def make_loader(setup: TrainingSetup, settings: Settings) -> Iterable[Any]:
+    """The loader that a run with these settings would train on."""
+    config = replace(setup.config, **settings)
+    return LOADERS[config.loader](
+        setup.files.train,
+        config.batch_size,
+        seed=config.seed,
+        indices=setup.indices,
+        drop_last=True,
+        device=setup.device,
+        rank=0,
+        world_size=1,
+        **loader_settings(config),
+    )
+
+
+def write_yaml(tuning: Tuning, path: Path) -> None:
+    """The settings as `train --config` takes them; what was measured, on what and when, in its comments.
+
+    Raises:
+        FastmnistError: the file cannot be written.
+    """
+    best = tuning.race.candidates[0].summary()
+    on = tuning.on
+    chosen = tuning.race.chosen.summary()
+    comments = [
+        f"Found by fastmnist tune on {datetime.now().astimezone().isoformat(timespec='minutes')} "
+        f"in {tuning.race.seconds:.0f} s.",
+        f"Measured: {tuning.what}; on {on}.",
+        f"These settings: {chosen.median:,.0f} {tuning.unit} ({chosen.low:,.0f} to {chosen.high:,.0f}, "
+        f"n = {chosen.n}); the fastest: {best.median:,.0f}.",
+    ]
+    content = yaml.safe_dump(tuning.settings | {"tuned_on": on}, sort_keys=False, allow_unicode=True, width=1000)
+    write_bytes(path, ("".join(f"# {line}\n" for line in comments) + content).encode())

@@ -1,0 +1,256 @@
+"""The race for the fastest settings: right on planted cases, within its budget, and clear about what it left out.
+
+The clock is simulated: what is measured takes exactly as long as it says, whatever else the machine does.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.measure import race
+from fastmnist.measure.race import SAME, Racing, Running, combinations, describe, memory_in_use
+from fastmnist.measure.tune import tune_loader
+
+BATCH, BATCHES = 4, 40
+
+
+class Clock:
+    """Seconds that pass only when somebody sleeps."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(race, "time", SimpleNamespace(perf_counter=made.perf_counter))
+    monkeypatch.setattr(race, "memory_in_use", lambda: 0)
+    return made
+
+
+class Sleepy:
+    """Each sample takes a sleep; workers load batches ahead, as those of a DataLoader do."""
+
+    def __init__(self, clock, num_workers=0, prefetch_factor=2, *, sample_seconds=0.002, begin_seconds=0.0):
+        self.clock, self.workers, self.ahead = clock, num_workers, num_workers * prefetch_factor
+        self.batch_seconds, self.begin_seconds = BATCH * sample_seconds, begin_seconds
+        self.closed = False
+
+    def __len__(self):
+        return BATCHES
+
+    def __iter__(self):
+        clock = self.clock
+        clock.sleep(self.begin_seconds)
+        free = [clock.now] * self.workers  # when each worker is done with its last batch
+        asked = [clock.now] * self.ahead  # when each of the next batches was asked for
+        for _ in range(BATCHES):
+            if self.workers:
+                worker = free.index(min(free))
+                free[worker] = max(free[worker], asked.pop(0)) + self.batch_seconds
+                clock.now = max(clock.now, free[worker])
+                asked.append(clock.now)
+            else:
+                clock.sleep(self.batch_seconds)
+            yield torch.zeros(BATCH, 2), torch.zeros(BATCH)
+
+    def close(self):
+        self.closed = True
+
+
+def statuses(tuning):
+    return {candidate.name: candidate.status for candidate in tuning.race.candidates}
+
+
+def test_many_workers_are_found_for_a_slow_source(clock):
+    found = tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2, 4]}, budget=60)
+    assert found.settings == {"num_workers": 4}
+    rate = {c.settings["num_workers"]: c.summary().median for c in found.race.candidates}
+    assert rate[4] == pytest.approx(4 * rate[0], rel=0.05)
+
+
+def test_no_workers_are_kept_when_the_step_is_the_limit(clock):
+    def step(batch):
+        clock.sleep(0.03)
+
+    found = tune_loader(partial(Sleepy, clock), {"num_workers": [0, 2, 4]}, step, budget=60)
+    # 8 ms of loading add to 30 ms of computing unless a worker does it meanwhile: two or four workers are the same.
+    assert found.settings == {"num_workers": 2}
+    assert statuses(found)["num_workers 4"] in ("best", "tie")
+
+
+def test_what_ties_is_decided_by_simplicity(clock):
+    found = tune_loader(
+        lambda **settings: Sleepy(clock, 0),
+        {"a": [False, True], "b": [1, 2]},
+        lambda batch: clock.sleep(0.04),
+        budget=60,
+    )
+    assert found.settings == {"a": False, "b": 1}
+    assert all(c.status in ("best", "tie") for c in found.race.candidates if c.final)
+
+
+def test_the_cost_of_beginning_an_epoch_is_counted_per_batch(clock):
+    cheap, dear = (Running(Sleepy(clock, begin_seconds=s), None, 1) for s in (0.0, 0.32))
+    for running in (cheap, dear):
+        running.begin_again()
+    # 8 ms a batch; 320 ms over 40 batches are as much again.
+    assert cheap.turn() / dear.turn() == pytest.approx(2, rel=0.02)
+
+
+def test_batches_that_were_ready_do_not_count(clock):
+    loader = Sleepy(clock, 1, prefetch_factor=8)
+    running = Running(loader, None, ahead=8)
+    running.begin_again()
+    clock.sleep(0.1)  # all eight are ready now
+    assert running.turn() == pytest.approx(BATCH / loader.batch_seconds, rel=0.02)
+
+
+def test_losers_are_dropped_early_and_named(clock):
+    def make(kind):
+        return Sleepy(clock, sample_seconds={"fast": 0.001, "slow": 0.004}[kind])
+
+    found = tune_loader(make, {"kind": ["slow", "fast"]}, budget=60)
+    assert statuses(found) == {"kind fast": "best", "defaults": "dropped"}
+    loser = found.race.candidates[1]
+    assert "of the best" in loser.reason
+    assert len(loser.rounds) == 1
+
+
+def test_a_part_that_loses_alone_is_not_measured_in_company(clock):
+    def make(lazy, other):
+        return Sleepy(clock, sample_seconds=0.008 if lazy else 0.001)
+
+    found = tune_loader(make, {"lazy": [False, True], "other": [1, 2]}, budget=60)
+    both = next(c for c in found.race.candidates if c.name == "lazy on, other 2")
+    assert (both.status, both.values) == ("dropped", [])
+    assert "lazy on alone" in both.reason
+
+
+def test_what_fails_costs_its_own_row(clock):
+    opened = []
+
+    def make(kind):
+        if kind == "broken":
+            raise RuntimeError("no such thing")
+        opened.append(Sleepy(clock))
+        return opened[-1]
+
+    found = tune_loader(make, {"kind": ["a", "broken", "b"]}, budget=60)
+    broken = next(c for c in found.race.candidates if c.settings["kind"] == "broken")
+    assert (broken.status, broken.reason) == ("failed", "RuntimeError: no such thing")
+    assert found.settings["kind"] == "a"
+    assert all(loader.closed for loader in opened)
+
+
+def test_the_simplest_may_fail_too(clock):
+    def make(kind):
+        if kind == "broken":
+            raise RuntimeError("no such thing")
+        return Sleepy(clock)
+
+    assert tune_loader(make, {"kind": ["broken", "b", "c"]}, budget=60).settings == {"kind": "b"}
+
+
+def test_nothing_works_says_why(clock):
+    def make(kind):
+        raise RuntimeError("no such thing")
+
+    with pytest.raises(FastmnistError, match="none of 2 settings works: RuntimeError: no such thing") as raised:
+        tune_loader(make, {"kind": [1, 2]}, budget=60)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_the_budget_is_kept(clock):
+    begun = clock.now
+    found = tune_loader(partial(Sleepy, clock), {"num_workers": list(range(20))}, budget=5)
+    assert clock.now - begun < 5.5
+    assert any(c.reason == "out of budget" for c in found.race.candidates)
+
+
+def test_a_budget_too_small_names_a_better_one(clock):
+    def slow(batch):
+        clock.sleep(0.5)
+
+    with pytest.raises(ConfigError, match=r"--budget 1.5: after \d+ s no two settings were measured; give about \d+ s"):
+        tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, slow, budget=1.5)
+    with pytest.raises(ConfigError, match=r"--budget 0.1: nothing is measured"):
+        tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, budget=0.1)
+
+
+def test_a_loader_that_yields_nothing_is_named(clock):
+    with pytest.raises(FastmnistError, match="the loader yields no batch"):
+        tune_loader(lambda a: [], {"a": [1, 2]}, budget=5)
+
+
+def test_a_limit_of_memory_leaves_out_what_takes_more(clock, monkeypatch):
+    def make(size):
+        loader = Sleepy(clock)
+        loader.kept = torch.ones(size << 20, dtype=torch.uint8)
+        return loader
+
+    monkeypatch.setattr(race, "memory_in_use", memory_in_use)
+    found = tune_loader(make, {"size": [1, 400]}, budget=60, max_memory=200 << 20)
+    assert statuses(found)["size 400"] == "too much memory"
+    assert "allowed are 200" in found.race.candidates[-1].reason
+    assert found.settings == {"size": 1}
+
+
+def test_a_space_without_values_is_refused():
+    for space in ({}, {"a": []}):
+        with pytest.raises(ConfigError, match="at least one"):
+            tune_loader(partial(Sleepy, clock), space)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)))
+def test_combinations_are_the_product_the_simplest_first(space):
+    found = combinations(space)
+    names = [candidate.name for candidate in found]
+    product = 1
+    for values in space.values():
+        product *= len(values)
+    assert len(found) == len(set(names)) == product
+    assert found[0].settings == {key: values[0] for key, values in space.items()}
+    assert found[0].complexity == (0, 0)
+    assert [c.complexity for c in found] == sorted(c.complexity for c in found)
+
+
+def test_what_does_the_same_is_measured_once():
+    found = combinations({"workers": [0, 2], "ahead": [2, 4]}, lambda s: s if s["workers"] else s | {"ahead": 2})
+    assert [c.settings for c in found] == [
+        {"workers": 0, "ahead": 2},
+        {"workers": 2, "ahead": 2},
+        {"workers": 2, "ahead": 4},
+    ]
+
+
+def test_false_is_not_zero():
+    found = combinations({"a": [False, True], "b": [0, 1]})
+    assert [c.complexity for c in found] == [(0, 0), (1, 1), (1, 1), (2, 2)]
+
+
+def test_settings_in_words():
+    assert describe({"a": True, "b": 2}, {"a": False, "b": 2}) == "a on"
+    assert describe({"a": False, "b": 2}, {"a": False, "b": 2}) == "defaults"
+
+
+def test_a_tie_is_never_much_slower():
+    candidates = combinations({"a": [1, 2]})
+    candidates[0].rounds, candidates[1].rounds = [[50.0, 100.0, 140.0]], [[90.0, 120.0, 121.0]]
+    for candidate in candidates:
+        candidate.relative = [1.0]
+    chosen = Racing(candidates, Sleepy, None, 1.0)._choose()
+    assert SAME * 120 > 100
+    assert chosen.settings == {"a": 2}
+    assert candidates[0].status == "slower"
