@@ -11,7 +11,9 @@ assert VERSION is not None
 
 TENSORBOARD = ["tensorboard>=2.15"]
 FFCV = ["ffcv>=1.0.2"]  # needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config first
-TEST = ["pytest>=8", "hypothesis>=6.100", "scipy>=1.11", *TENSORBOARD]
+PEERS = ["datasets>=5.1", "webdataset>=1.0.2", "litdata>=0.2.70", "grain>=0.2.13", "tensordict>=0.6"]
+PEERS_STREAMING = ["mosaicml-streaming>=0.13"]  # wants numpy < 2.2 and an older datasets: an environment of its own
+TEST = ["pytest>=8", "hypothesis>=6.100", *TENSORBOARD]
 
 setup(
     name="fastmnist",
@@ -33,18 +35,22 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "platformdirs>=4",
+        "psutil>=5.9",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "torch>=2.6",
         "torchvision>=0.21",
     ],
     extras_require={
         "test": TEST,
         "ffcv": FFCV,
+        "peers": PEERS,
+        "peers-streaming": PEERS_STREAMING,
         "tensorboard": TENSORBOARD,
         "notebook": ["jupyterlab>=4"],
-        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "pytest-benchmark>=4", "types-PyYAML"],
+        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "pytest-benchmark>=5", "types-PyYAML"],
     },
 )

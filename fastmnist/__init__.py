@@ -13,11 +13,15 @@ _HOMES = {
     "Loader": "fastmnist.data.loader",
     "TrainConfig": "fastmnist.config",
     "build_model": "fastmnist.training.model",
+    "bench": "fastmnist.measure.bench",
     "compile_dataset": "fastmnist.data.prepare",
+    "doctor": "fastmnist.measure.doctor",
     "evaluate": "fastmnist.inference",
     "predict": "fastmnist.inference",
     "resume": "fastmnist.run",
     "train": "fastmnist.run",
+    "tune": "fastmnist.measure.tune",
+    "tune_loader": "fastmnist.measure.tune",
     "write_beton": "fastmnist.data.writer",
 }
 __all__ = [*_HOMES, "__version__"]  # strings all

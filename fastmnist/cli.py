@@ -9,9 +9,10 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, List, NoReturn, Optional
 
 import jsonargparse
 
@@ -26,7 +27,7 @@ STARTED = time.perf_counter()
 LONGEST_ERROR = 400  # characters; a file that is no configuration is quoted whole otherwise
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-# ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
+# ruff: noqa: UP006, UP035, UP045  # jsonargparse reads these types on Python 3.10 too
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -144,20 +145,33 @@ def _describe_train() -> Parser:
     return parser
 
 
+def _add_run_flags(parser: Parser, loader: str | None = None) -> None:
+    """A run's settings. loader: what --loader says where it may also be "all"."""
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+    for group in GROUPS:
+        parser.add_class_arguments(group, skip={"loader"} if loader else set())
+    if loader:
+        parser.add_argument("--loader", type=str, default="ours", help=loader)
+
+
+def _config_of(options: Any) -> TrainConfig:
+    return TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
+
+
 def _train(options: Any, arguments: Sequence[str]) -> int:
-    names = TrainConfig.__dataclass_fields__
     if options.resume is None:
-        config = TrainConfig(**{name: getattr(options, name) for name in names})
         from fastmnist.run import train
 
-        result = train(config, started=STARTED)
+        result = train(_config_of(options), started=STARTED)
     else:
         from fastmnist.run import resume
 
         # Without defaults: what was not given keeps the run's own value, and is no change.
         given = vars(build_parser().parse_args(arguments, defaults=False).train)
         result = resume(
-            options.resume, {name: value for name, value in given.items() if name in names}, started=STARTED
+            options.resume,
+            {name: value for name, value in given.items() if name in TrainConfig.__dataclass_fields__},
+            started=STARTED,
         )
     _write_json(options.json, result.summary | {"folder": str(result.folder)})
     return INTERRUPTED if result.interrupted else 0
@@ -236,12 +250,144 @@ def _predict(options: Any, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _describe_bench() -> Parser:
+    parser = _parser("Benchmark the ways to load images on this machine: one table, one picture, in under 3 minutes.")
+    parser.add_argument("--quick", action="store_true", help="The most telling ones alone, in half a minute.")
+    parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
+    _add_data_flags(parser, dataset=False)
+    parser.add_argument("--batch-size", type=int, default=512, help="Images per batch.")
+    parser.add_argument("--device", type=str, default="auto", help="Where batches go: auto, cpu, cuda and so on.")
+    parser.add_argument(
+        "--only", type=Optional[str], metavar="NAMES", help="These alone, as the table names them, separated by ';'."
+    )
+    parser.add_argument(
+        "--out", type=Optional[str], help="Folder for table, pictures and JSON; by default runs/<date>-bench-<n>."
+    )
+    return parser
+
+
+def _bench(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.measure.bench import FULL, QUICK, bench, bench_file, choose_sides
+    from fastmnist.report.bars import plot_bars
+    from fastmnist.report.progress import Reporter
+    from fastmnist.report.table import footnotes, markdown, rich_table
+
+    reporter = Reporter()
+    sides = choose_sides(options.only, options.quick)
+    data, note = bench_file(options.dataset, options.data_dir, progress=reporter.compiling)
+    if note:
+        reporter.say(note)
+    with _new_folder(options.out, "bench") as folder:
+        with reporter.working() as progress:
+            found = bench(
+                data,
+                batch_size=options.batch_size,
+                device=options.device,
+                sides=sides,
+                plan=QUICK if options.quick else FULL,
+                progress=progress,
+            )
+        reporter.console.print(rich_table(found.rows))
+        for line in footnotes(found.rows):
+            reporter.say(line)
+        _write_json(str(folder / "bench.json"), found.to_dict())
+        (folder / "bench.md").write_text(markdown(found.rows))
+        loaders = [row for row in found.rows if row["group"] == "loader"]
+        plot_bars(loaders, [folder / "bench.png", folder / "bench.svg"])
+    reporter.say(f"{folder} has the table, the picture and all values. {found.seconds:.0f} s in all.")
+    _write_json(options.json, found.to_dict() | {"folder": str(folder)})
+    return INTERRUPTED if found.interrupted else 0
+
+
+def _describe_doctor() -> Parser:
+    parser = _parser("Diagnose a training run: does the model wait for data, and what could a faster loader gain.")
+    parser.add_argument("--seconds", type=float, default=6.0, help="Seconds of measuring.")
+    _add_run_flags(parser)
+    return parser
+
+
+def _doctor(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.measure.doctor import diagnose_training
+    from fastmnist.report.progress import Reporter
+
+    reporter = Reporter(options.quiet)
+    found = diagnose_training(_config_of(options), options.seconds, reporter)
+    reporter.result(found.verdict)
+    for line in found.lines():
+        reporter.say(line)
+    _write_json(options.json, found.to_dict())
+    return 0
+
+
+def _describe_tune() -> Parser:
+    parser = _parser("Tune a run's loader on this machine: the fastest settings, as YAML for train --config.")
+    parser.add_argument("--budget", type=float, default=30.0, help="Seconds in all.")
+    parser.add_argument("--loader-only", action="store_true", help="Measure the loader alone, without the model.")
+    parser.add_argument(
+        "--max-memory", type=Optional[float], metavar="MB", help="Megabytes that loaders may take while they are tried."
+    )
+    parser.add_argument(
+        "--batch-sizes", type=List[int], default=[], help="Try these too: [128,256]. Other batches train otherwise."
+    )
+    parser.add_argument("--orders", type=List[str], default=[], help="Try these orders too: [quasi_random].")
+    _add_run_flags(parser, loader="ours, ffcv, dataloader, tuned, tensors, or all of them.")
+    return parser
+
+
+def _tune(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.measure.tune import tune, write_yaml
+    from fastmnist.report.progress import Reporter
+    from fastmnist.report.search import plot_search
+    from fastmnist.report.table import search_table
+
+    reporter = Reporter(options.quiet)
+    loader = options.loader
+    options.loader = "ours" if loader == "all" else loader
+    config = _config_of(options)
+    with _new_folder(config.out, "tune") as folder:
+        with reporter.working() as progress:
+            found = tune(
+                config,
+                loader=loader,
+                budget=options.budget,
+                loader_only=options.loader_only,
+                max_memory=None if options.max_memory is None else int(options.max_memory * 1e6),
+                batch_sizes=options.batch_sizes,
+                orders=options.orders,
+                reporter=reporter,
+                progress=progress,
+            )
+        reporter.console.print(search_table(found.to_dict()))
+        write_yaml(found, folder / "tuned.yaml")
+        _write_json(str(folder / "tune.json"), found.to_dict())
+        plot_search(found.to_dict(), folder / "search.png")
+    reporter.result(f"{found.verdict()} Use it: fastmnist train --config {folder / 'tuned.yaml'}")
+    _write_json(options.json, found.to_dict() | {"folder": str(folder)})
+    return 0
+
+
+@contextmanager
+def _new_folder(out: str | None, what: str) -> Iterator[Path]:
+    """A new folder, which is gone again when nothing came of it."""
+    from fastmnist.runfolder import RunFolder
+
+    folder = RunFolder.create(out, what)
+    try:
+        yield folder.path
+    except BaseException:
+        folder.discard()
+        raise
+
+
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any, Sequence[str]], int]]] = {
     "compile": (_describe_compile, _compile),
     "verify": (_describe_verify, _verify),
     "train": (_describe_train, _train),
     "evaluate": (_describe_evaluate, _evaluate),
     "predict": (_describe_predict, _predict),
+    "bench": (_describe_bench, _bench),
+    "doctor": (_describe_doctor, _doctor),
+    "tune": (_describe_tune, _tune),
 }
 
 

@@ -18,7 +18,7 @@ from fastmnist.config import TrainConfig, flag
 from fastmnist.data.loader import Loader
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.interrupt import stop_on_ctrl_c
-from fastmnist.measure.environment import hardware, versions
+from fastmnist.measure.environment import hardware, tuned_on, versions
 from fastmnist.report.events import summary_writer, tensorboard_events
 from fastmnist.report.progress import Reporter, duration
 from fastmnist.runfolder import RunFolder
@@ -135,6 +135,7 @@ class _Run:
         if self.files.note:
             self.reporter.say(self.files.note)
         device = choose_device(self.config.device)
+        self._compare_with_tuning(device)
         self.precision = choose_precision(self.config.amp, device)
         choose_compile(self.config.compile, device, 0.0)  # says at once what cannot work
         with self.clocks.measure("data"):
@@ -162,6 +163,14 @@ class _Run:
         finally:
             self.loaders.close()
             self.files.close()
+
+    def _compare_with_tuning(self, device: torch.device) -> None:
+        here = tuned_on(device, self.files.train.image_shape, str(self.config.dataset))
+        if self.config.tuned_on not in (None, here):
+            self.reporter.say(
+                f"Warning: the loader's settings were tuned on {self.config.tuned_on}; this is {here}. They work, but "
+                "others may be faster: fastmnist tune finds them."
+            )
 
     def _make_model(self, device: torch.device) -> nn.Module:
         shape = self.files.train.image_shape
