@@ -1,0 +1,93 @@
+"""From making a loader to its first batch, in a new process each round, the imports done; seconds.
+
+With numba's cached machine code, as when a program runs for the second time, and without it. FFCV compiles anew each
+time.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmnist.measure.bench import OPEN_TIMEOUT, START_TIMEOUT
+from fastmnist.measure.processes import SideError, SideProcess
+from fastmnist.measure.sides import BY_NAME, OURS, PLAIN
+
+BATCH_SIZE, ROUNDS = 512, 6
+TOGETHER = 2  # processes that import at the same time; nothing is measured meanwhile
+NAMES = (OURS, PLAIN, "DataLoader, tuned", "FFCV")
+
+
+class Ready:
+    """New processes that have imported what a side needs; some are begun together."""
+
+    def __init__(self, name: str, environment) -> None:
+        self.name, self.environment = name, environment
+        self.waiting: list[SideProcess] = []
+
+    def take(self) -> SideProcess:
+        if not self.waiting:
+            self.waiting = [SideProcess(self.name, self.environment()) for _ in range(TOGETHER)]
+            for process in self.waiting:
+                process.tell("imports", side=self.name)
+            for process in self.waiting:
+                process.answer(START_TIMEOUT)
+        return self.waiting.pop()
+
+    def close(self) -> None:
+        for process in self.waiting:
+            process.close()
+
+
+@pytest.fixture
+def ready():
+    """(name, environment) -> Ready, which is closed at the end."""
+    made: list[Ready] = []
+
+    def make(*arguments) -> Ready:
+        made.append(Ready(*arguments))
+        return made[-1]
+
+    yield make
+    for found in made:
+        found.close()
+
+
+@pytest.mark.benchmark(group="first batch")
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        pytest.param(
+            name,
+            cache,
+            id=name if cache == "warm" else f"{name}, cold",
+            marks=[pytest.mark.ffcv] if BY_NAME[name].loader == "ffcv" else [],
+        )
+        for name in NAMES
+        for cache in ("warm", "cold")
+    ],
+)
+def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_path_factory):
+    side = BY_NAME[name]
+
+    def environment() -> dict[str, str]:
+        return {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("numba"))} if cache == "cold" else {}
+
+    processes = ready(name, environment)
+
+    def first_batch():
+        with processes.take() as process:
+            answer = process.ask(
+                "open", OPEN_TIMEOUT, data=str(data.path), batch_size=BATCH_SIZE, device=str(device), folder=""
+            )
+        return turn(answer["first_batch"])
+
+    try:
+        measure_told(
+            first_batch,
+            rounds=ROUNDS,
+            warm_up=1 if cache == "warm" else 0,  # fills the cache
+            settings={"batch_size": BATCH_SIZE, **side.settings, "jit_cache": cache},
+            kind=side.kind,
+        )
+    except SideError as error:
+        pytest.fail(str(error), pytrace=False)
