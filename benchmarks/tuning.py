@@ -92,7 +92,7 @@ def main() -> None:
         space = space_of("tuned", setup.device, [config.batch_size], [config.order])
         candidates = combinations(space, lambda settings: simplest(settings, "stream"))
         result["tuned DataLoader"] = judged(found, candidates, lambda settings: make_loader(setup, settings))
-    found = tune_loader(slow_loader, SLOW, budget=BUDGET)
+    found = tune_loader(slow_loader, SLOW, budget=BUDGET, same_as=without_effect)
     candidates = combinations(SLOW, without_effect)
     result["slow source"] = judged(found, candidates, lambda settings: slow_loader(**settings))
     report(result, options.output)

@@ -10,6 +10,7 @@ and a grid of some dozens needs no model of itself.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ Status = Literal["best", "tie", "slower", "dropped", "failed", "too much memory"
 Progress = Callable[[str, float], None]
 
 SCREENING_TURNS = 2  # of each candidate and of the simplest, in turn
-SCREENING_SHARE = 0.6  # of the budget, at most; the rest is for the finalists
+SCREENING_SHARE, LATE_SHARE = 0.6, 0.9  # of the budget, at most; what is left is for the finalists, if there are some
 OPENING_SHARE = 0.8  # of the budget, after which no third finalist is opened
 LOST = 0.9  # of the least that the best reached in the screening: what never came near is dropped
 FINALISTS = 5
@@ -62,6 +63,11 @@ class Candidate:
     def complexity(self) -> tuple[int, int]:
         """How many settings are not the simplest, and by how much."""
         return sum(at > 0 for at in self.place), sum(self.place)
+
+    @property
+    def changes(self) -> list[tuple[int, int]]:
+        """(which setting, which of its values) that are not the simplest."""
+        return [(at, place) for at, place in enumerate(self.place) if place]
 
     @property
     def values(self) -> list[float]:
@@ -241,7 +247,7 @@ class Racing:
             candidate.number = number
         self.max_memory, self.ahead, self.progress = max_memory, ahead, progress
         self.begun = time.perf_counter() if begun is None else begun
-        self.longest = 0.0  # seconds that screening one took
+        self.taken: list[float] = []  # seconds that screening each took
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.begun
@@ -258,18 +264,23 @@ class Racing:
         """
         first, running = self._open_first()
         try:
-            self._screen(first, running)
+            self._screen(first, running, SCREENING_SHARE)
+            if len(self._near_the_best()) == 1:
+                self._screen(first, running, LATE_SHARE)  # there is no final to keep time for
         finally:
             running.close()
         if not any(c.relative for c in self.candidates if c is not first) and len(self.candidates) > 1:
             others = [c for c in self.candidates if c is not first and c.status == "not measured"]
             if others:
-                needed = self.elapsed() + len(self.candidates) * max(self.longest, 1.0)
+                needed = self.elapsed() + len(self.candidates) * max(self._usual_seconds(), 1.0)
                 raise ConfigError(
                     f"--budget {self.budget:g}: after {self.elapsed():.0f} s no two settings were measured; "
                     f"give about {needed / SCREENING_SHARE:.0f} s for all {len(self.candidates)}, or search fewer"
                 )
         self._final()
+        for candidate in self.candidates:
+            if candidate.status == "not measured" and not candidate.values:
+                candidate.reason = candidate.reason or "out of budget"
         return Race(self._ranked(), self._choose(), self.elapsed())
 
     def _open_first(self) -> tuple[Candidate, Running]:
@@ -305,16 +316,14 @@ class Racing:
             return ConfigError(candidate.reason)
         return running
 
-    def _screen(self, first: Candidate, reference: Running) -> None:
-        """Each against the simplest, in turn, as far as the time goes; it is then closed."""
-        first.rounds.append([reference.turn()])
-        first.relative = [1.0]
-        for candidate in self.candidates:
-            if candidate is first or candidate.status != "not measured":
-                continue
-            if self.elapsed() + self.longest > SCREENING_SHARE * self.budget:
-                candidate.reason = "out of budget"
-                continue
+    def _screen(self, first: Candidate, reference: Running, share: float) -> None:
+        """Each against the simplest, in turn, as far as that share of the budget goes; it is then closed."""
+        if not first.relative:
+            first.rounds.append([reference.turn()])
+            first.relative = [1.0]
+        while (candidate := self._most_promising()) is not None:
+            if self.elapsed() + self._usual_seconds() > share * self.budget:
+                break
             if (lost := self._lost_part(candidate)) is not None:
                 candidate.status, candidate.reason = "dropped", f"{lost.name} alone is slower"
                 continue
@@ -331,20 +340,46 @@ class Racing:
                     first.rounds[0] += [other for _, other in pairs]
                 finally:
                     running.close()
-            self.longest = max(self.longest, time.perf_counter() - begun)
+            self.taken.append(time.perf_counter() - begun)
+
+    def _usual_seconds(self) -> float:
+        """That screening one takes."""
+        return sorted(self.taken)[len(self.taken) // 2] if self.taken else 0.0
+
+    def _most_promising(self) -> Candidate | None:
+        """The next to screen: the fastest if each change does what it did alone.
+
+        What is not known is taken to change nothing; of equals the single changes come first, and of those the
+        largest, which tell most about the rest.
+        """
+        known: dict[tuple[int, int], float] = {}
+        for other in self.candidates:
+            if other.relative and other.complexity[0] == 1:
+                known[other.changes[0]] = summarise(other.relative).median
+
+        def promise(candidate: Candidate) -> tuple[float, int, int]:
+            expected = math.prod(known.get(change, 1.0) for change in candidate.changes)
+            return expected, -candidate.complexity[0], candidate.complexity[1]
+
+        left = [c for c in self.candidates if not c.relative and c.status == "not measured"]
+        return max(left, key=promise, default=None)
 
     def _lost_part(self, candidate: Candidate) -> Candidate | None:
         """One that changes a single setting in the same way, and was clearly slower than the simplest."""
         for other in self.candidates:
-            changed = [(at, place) for at, place in enumerate(other.place) if place]
-            if other is not candidate and other.relative and len(changed) == 1:
-                at, place = changed[0]
-                if candidate.place[at] == place and summarise(other.relative).high < LOST:
-                    return other
+            alone = other is not candidate and other.relative and len(other.changes) == 1
+            if alone and other.changes[0] in candidate.changes and summarise(other.relative).high < LOST:
+                return other
         return None
+
+    def _near_the_best(self) -> list[Candidate]:
+        screened = [summarise(candidate.relative) for candidate in self.candidates if candidate.relative]
+        best = max(screened, key=lambda found: found.median)
+        return [c for c in self.candidates if c.relative and summarise(c.relative).high >= LOST * best.low]
 
     def _final(self) -> None:
         """The best of the screening in turn, until the time is up or they are known well enough."""
+        near = self._near_the_best()
         screened = [candidate for candidate in self.candidates if candidate.relative]
         screened.sort(key=lambda candidate: -summarise(candidate.relative).median)
         best = summarise(screened[0].relative)
@@ -354,7 +389,7 @@ class Racing:
         for candidate in [simplest, *(candidate for candidate in screened if candidate is not simplest)]:
             found = summarise(candidate.relative)
             memory += candidate.memory or 0
-            if len(finalists) >= FINALISTS or found.high < LOST * best.low:
+            if len(finalists) >= FINALISTS or candidate not in near:
                 candidate.status = "dropped"
                 candidate.reason = f"{found.median / best.median:.2f} of the best when each met the simplest"
             elif finalists and self.max_memory is not None and memory > self.max_memory:

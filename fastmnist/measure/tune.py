@@ -96,6 +96,7 @@ def tune_loader(
     budget: float = 30.0,
     max_memory: int | None = None,
     ahead: Callable[[Settings], int] | None = None,
+    same_as: Callable[[Settings], Settings] = lambda settings: settings,
     progress: Progress = lambda text, share: None,
 ) -> Tuning:
     """The fastest settings of any loader, measured in your own training loop.
@@ -113,6 +114,8 @@ def tune_loader(
         max_memory: bytes that loaders which are open at the same time may take; what takes more is left out.
         ahead: batches that a loader with these settings may have ready before they are asked for, which are used up
             before a turn is timed; by default num_workers * prefetch_factor.
+        same_as: the settings that do the same in a simpler way (without workers nothing is prefetched), so that they
+            are measured once.
 
     Raises:
         ConfigError: the budget is too small to measure anything, there is nothing to choose from, or the loader yields
@@ -122,7 +125,7 @@ def tune_loader(
         raise ConfigError("space needs at least one setting, and each at least one value")
     _check_budget(budget)
     racing = Racing(
-        combinations(space),
+        combinations(space, same_as),
         lambda settings: make(**settings),
         step,
         budget,
