@@ -206,6 +206,7 @@ def test_a_host_whose_core_others_take() -> None:
 def test_a_host_with_more_threads_than_cores() -> None:
     found = starved(burners=0, threads=4)
     assert found["kind"] == "host", found
+    assert "say torch.set_num_threads(1) instead of 4" in found["verdict"]
     assert found["evidence"]["host"]["threads"] == 4
     assert found["evidence"]["host"]["cores"] == 1
 
@@ -373,8 +374,12 @@ def evidence(
         (evidence(gain=2.0, copying=0.4, copied_by="loader", device="cuda"), "copy", "takes 40 %"),
         (evidence(gain=2.0, copying=0.1, copied_by="loader", device="cuda"), "loader", "in 50 %"),
         (evidence(gain=1.0, copying=0.4, copied_by="loader", device="cuda"), "model", "is the limit"),  # hidden
-        (evidence(lost=0.5, cores=2), "host", "want 2.0 cores and get 1.0 of 2: stop what else runs"),
-        (evidence(lost=0.5, cores=1, threads=4), "host", "say torch.set_num_threads(1)"),
+        (evidence(lost=0.5, cores=2, threads=2), "host", "want 2.0 cores and get 1.0 of 2: stop what else runs"),
+        (
+            evidence(lost=0.5, cores=1, threads=4, use=CoreUse(1, 0.5, 0.5)),
+            "host",
+            "get 0.5 of 1: say torch.set_num_threads(1) instead of 4, and stop",
+        ),
         (evidence(lost=0.5, cores=1, threads=1), "host", "use fewer threads"),
         (evidence(lost=0.5, cores=1, threads=1, use=CoreUse(1, 0.5, 0.5, 4, 0.5, 0.5)), "host", "processes than 4"),
         (evidence(lost=0.5, gain=1.6), "host", "(besides, the model waits for data in 38 %"),  # it slows both
