@@ -40,7 +40,7 @@ class Plan:
     first_batches: int
 
 
-FULL, QUICK = Plan(160.0, 6, FIRST_BATCHES), Plan(26.0, 3, 1)
+FULL, QUICK = Plan(160.0, 6, FIRST_BATCHES), Plan(22.0, 3, 1)
 Progress = Callable[[str, float], None]
 
 
@@ -269,7 +269,7 @@ class _Bench:
             for cold, side in [*((True, side) for side in ours), *((False, side) for side in ready)]:
                 wanted = cold or repeat + 1 < self.plan.first_batches  # each has been opened once
                 late = self._elapsed() + self.starting[side.name] > self.plan.seconds
-                if not wanted or side.kind == "limit" or (late and (repeat or not cold)):
+                if not wanted or side.kind == "limit" or late:
                     continue
                 self._say(f"first batch of a new process: {side.name}{' without JIT cache' if cold else ''}")
                 try:

@@ -48,7 +48,7 @@ SIDES: tuple[Side, ...] = (
     Side(OURS, "ours", "ours", quick=True),
     Side(f"{OURS}, float32", "ours", "ours", {"dtype": "float32"}, limit="memory copy, float32", quick=True),
     Side("tensors, index_select", "baseline", "tensors", quick=True),
-    Side("FFCV", "baseline", "ffcv", quick=True),
+    Side("FFCV", "baseline", "ffcv"),
     Side("DataLoader, tuned", "baseline", "tuned", {"workers": 0}, quick=True),
     Side("DataLoader, tuned, 2 workers", "baseline", "tuned", {"workers": 2}),
     Side(PLAIN, "baseline", "dataloader", {"workers": 0}, limit="memory copy, float32", quick=True),
