@@ -6,16 +6,12 @@ Rows are matched by group, name, settings and device. A change counts when the t
 threshold and their 95 % intervals have no value in common; with fewer than 6 values there is no such interval, and no
 verdict. More is better of images/s and of ratios, less of seconds and bytes.
 
-One measure decides about a row, the first of these that both files have:
-
-1. "of_limit", what it is of the least that it could take (a plain copy, a training step without loading);
-2. "over_plain", what it is of the plain DataLoader;
-3. its own figure.
-
-The first two were measured turn by turn on the same machine, so they stay when the whole machine is slower today, which
-is all that happens when only the figure itself has changed. A row that has neither is judged by its figure, but a time
-must have changed by more than the plain copies in the two files have, too. Where the hardware differs, only ratios are
-judged. The plain copies themselves ("limit") are the machine, not the program: no verdict.
+A row with a ratio ("of_limit", what it is of the least that it could take; else "over_plain", what it is of the plain
+DataLoader) is worse when both its figure and that ratio are. The ratio was taken turn by turn on the same machine:
+where it stays, the whole machine was slower. Where the ratio alone has changed, or they contradict each other, what
+else ran there may have met the one side and not the other: that is called unclear. A row without a ratio is judged by
+its figure, but a time must have changed by more than the plain copies in the two files have, too. Where the hardware
+differs, ratios alone are judged. The plain copies themselves ("limit") are the machine, not the program: no verdict.
 
 Exit status: 1 when a row is worse, 0 when none is, 2 when a file cannot be used. Rows that are in one file only, or
 failed in one, are listed and decide nothing: what fails in a benchmark has failed that command already.
@@ -47,7 +43,9 @@ NOT_A_TERMINAL = 150  # columns then
 ORIGIN = "give a file that `fastmnist bench` or `pytest benchmarks --rows` wrote"
 
 Key = tuple[str, str, str, str]
-Verdict = Literal["better", "worse", "no different", "too few values", "the machine", "other hardware", "unknown unit"]
+Verdict = Literal[
+    "better", "worse", "no different", "unclear", "too few values", "the machine", "other hardware", "unknown unit"
+]
 
 
 class BadFileError(Exception):
@@ -84,13 +82,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row that is in both files. changes: by measure, "figure" for its own; decided_by: one of those, if any."""
+    """A row that is in both files. changes: by measure, "figure" for its own; ratio: which of them was judged, too."""
 
     key: Key
     unit: str
     changes: dict[str, Change]
     verdict: Verdict
-    decided_by: str | None
+    ratio: str | None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -171,25 +169,34 @@ def compare(
     drifted = max(threshold, drift(old, new))
     compared = []
     for key, found in old.items():
-        if key not in new:
-            continue
-        other, unit = new[key], found["unit"]
-        changes = _changes(found, other)
-        ratio = next((measure for measure in RATIOS if measure in changes), None)
-        verdict: Verdict
-        if "limit" in (found.get("kind"), other.get("kind")):
-            verdict, ratio = "the machine", None
-        elif ratio is not None:
-            verdict = changes[ratio].verdict(True, threshold)
-        elif found.get("hardware") != other.get("hardware"):
-            verdict = "other hardware"
-        elif unit not in MORE_IS_BETTER or unit != other["unit"]:
-            verdict = "unknown unit"
-        else:
-            needed = drifted if unit in DRIFTS else threshold
-            verdict, ratio = changes["figure"].verdict(MORE_IS_BETTER[unit], needed), "figure"
-        compared.append(Compared(key, unit, changes, verdict, ratio))
+        if key in new:
+            changes = _changes(found, new[key])
+            ratio = next((measure for measure in RATIOS if measure in changes), None)
+            verdict = _verdict(found, new[key], changes, ratio, threshold, drifted)
+            compared.append(Compared(key, found["unit"], changes, verdict, ratio))
     return compared
+
+
+def _verdict(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    changes: Mapping[str, Change],
+    ratio: str | None,
+    threshold: float,
+    drifted: float,
+) -> Verdict:
+    unit, same_hardware = before["unit"], before.get("hardware") == after.get("hardware")
+    if "limit" in (before.get("kind"), after.get("kind")):
+        return "the machine"
+    if unit not in MORE_IS_BETTER or unit != after["unit"]:
+        return "unknown unit"
+    if ratio is None:
+        needed = drifted if unit in DRIFTS else threshold
+        return changes["figure"].verdict(MORE_IS_BETTER[unit], needed) if same_hardware else "other hardware"
+    found = changes[ratio].verdict(True, threshold)
+    if found not in ("better", "worse") or not same_hardware:
+        return found
+    return found if changes["figure"].verdict(MORE_IS_BETTER[unit], threshold) == found else "unclear"
 
 
 def differences(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -235,7 +242,7 @@ def _table(compared: Sequence[Compared]) -> Table:
     for heading in ("before", "after", "change", *(HEADINGS[measure] for measure in measures)):
         table.add_column(heading, justify="right")
     table.add_column("verdict")
-    styles = {"worse": "red", "better": "green"}
+    styles = {"worse": "red", "better": "green", "unclear": "yellow"}
     for found in compared:
         figure = found.changes["figure"]
         texts = [found.changes[measure].text if measure in found.changes else "" for measure in measures]
@@ -246,9 +253,7 @@ def _table(compared: Sequence[Compared]) -> Table:
             number(figure.after.median),
             figure.text,
             *texts,
-            found.verdict
-            if found.decided_by in (None, "figure")
-            else f"{found.verdict} ({HEADINGS[found.decided_by]})",
+            found.verdict,
             style=styles.get(found.verdict),
         )
     return table

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import filterwarnings
 
 import numpy as np
 import pytest
@@ -114,9 +115,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install '.[dev]'")
+    # What it has to say itself, of nothing to compare with for example, is no error.
+    filterwarnings("default", module="pytest_benchmark")
     config.addinivalue_line("markers", "last: changes this process for what comes after it")
     file = config.getoption("--rows")
     if file is not None and not file.absolute().parent.is_dir():  # not after all has been measured

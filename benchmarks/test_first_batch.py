@@ -90,4 +90,4 @@ def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_p
             kind=side.kind,
         )
     except SideError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from fastmnist.data.loader import Loader
 
-BATCH_SIZE, EPOCHS = 512, 4  # epochs in a round: about a tenth of a second
+BATCH_SIZE, EPOCHS = 512, 12  # epochs in a round: about a tenth of a second
 Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -1,4 +1,4 @@
-"""A whole epoch of a run's own training loop, small-cnn with augmentation, on a subset of 3,840 images.
+"""A whole epoch of a run's own training loop, small-cnn with augmentation, on a subset of 5,120 images.
 
 Each loader as `fastmnist train --loader NAME` sets it up: what hands out bytes is augmented in the training step, the
 plain DataLoader augments image by image. The limit is as many steps on one fixed batch, of which some are made right
@@ -20,8 +20,8 @@ from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model
 from fastmnist.training.precision import choose_precision
 
-BATCH_SIZE, IMAGES, MODEL = 128, 3840, "small-cnn"
-LIMIT_STEPS = 6
+BATCH_SIZE, IMAGES, MODEL = 128, 5120, "small-cnn"
+LIMIT_STEPS = 10
 ROUNDS, WARM_UP = 6, 1
 # FFCV 1.0 is of 2023: what it says of today's numpy and numba is known. It changes both for the whole process.
 FFCV = [pytest.mark.ffcv, pytest.mark.last, pytest.mark.filterwarnings("ignore")]
