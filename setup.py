@@ -13,7 +13,7 @@ TENSORBOARD = ["tensorboard>=2.15"]
 FFCV = ["ffcv>=1.0.2"]  # needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config first
 PEERS = ["datasets>=5.1", "webdataset>=1.0.2", "litdata>=0.2.70", "grain>=0.2.13", "tensordict>=0.6"]
 PEERS_STREAMING = ["mosaicml-streaming>=0.13"]  # wants numpy < 2.2 and an older datasets: an environment of its own
-TEST = ["pytest>=8", "hypothesis>=6.100", *TENSORBOARD]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", *TENSORBOARD]
 
 setup(
     name="fastmnist",
@@ -51,6 +51,6 @@ setup(
         "peers-streaming": PEERS_STREAMING,
         "tensorboard": TENSORBOARD,
         "notebook": ["jupyterlab>=4"],
-        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "pytest-benchmark>=5", "types-PyYAML"],
+        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML"],
     },
 )

@@ -21,7 +21,7 @@ from fastmnist.report.progress import Reporter
 
 Kind = Literal["loader", "copy", "model", "host"]
 
-# Many short turns: 21 bound the gain of a free loader within 5 to 10 % in 6 s on a shared machine, 9 within 10 to 20 %.
+# Many short turns: in 6 s on a shared machine, 21 bound the gain of a free loader within 5 %, 9 within 10 %, about.
 TURNS, LEAST_TURNS = 21, 3
 WARM_UP_STEPS = 3  # after the first, which compiles
 LEAD_IN = 4  # the part of a block, 1 / LEAD_IN, that runs before its clock starts
@@ -29,7 +29,7 @@ MOST_AHEAD = 64  # batches that a loader may have ready, which are thrown away b
 LOADER_PART, MOST_BATCHES = 4, 16  # a fast loader alone runs for 1 / 4 of a block's time, at most 16 times its batches
 OVERTIME = 3  # how many times as long as it was given the doctor takes rather than refuse
 
-# Loaders that cost nothing came out at 0 to 0.05 of a step in 6 s, up to 0.09 in 3 s, on 2 cores of a shared machine.
+# Loaders that cost nothing came out at 0 to 0.05 of a step in 6 s, up to 0.12 in 3 s, on 2 cores of a shared machine.
 # So the interval of the gain must lie above 1 too.
 WAITING_LEAST = 0.05
 # Chosen, not measured: there was no GPU.
