@@ -17,7 +17,7 @@ from fastmnist.measure.sides import BY_NAME, OURS, PLAIN, SIDES
 from fastmnist.report.table import HEADINGS, cells, footnotes, markdown, number
 
 COUNT, BATCH = 640, 64
-SHORT = Plan(seconds=25.0, least_turns=2, first_batches=1)
+SHORT = Plan(seconds=300.0, least_turns=2, first_batches=1)  # more than a busy machine takes: the turns are few
 CRASHES = "import sys; sys.stdin.readline(); print('{\"seconds\": 1}', flush=True); sys.stdin.readline(); sys.exit(3)"
 HANGS = """
 import sys, time
@@ -50,7 +50,8 @@ def found(file):
     """One comparison that all tests look at: ours, the plain DataLoader, two that fail and one that is not there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SideProcess", Planted)
-        patch.setattr(module, "TURN_TIMEOUT", 2.0)
+        patch.setattr(module, "TURN_TIMEOUT", 8.0)
+        patch.setattr(module, "MOST_TURNS", 2)
         patch.setattr(module, "missing", lambda peer: "not installed")
         names = [OURS, PLAIN, "tensors, index_select", "FFCV", *(s.name for s in SIDES if s.kind == "peer")]
         yield bench(file, batch_size=BATCH, device="cpu", sides=choose_sides(";".join(names), False), plan=SHORT)
@@ -105,7 +106,7 @@ def test_memory_is_that_of_the_loader(found) -> None:
 def test_what_crashes_or_hangs_is_said_and_the_rest_goes_on(found) -> None:
     loaders = rows_of(found, "loader")
     assert loaders["FFCV"]["error"] == "its process ended with exit status 3"
-    assert loaders["tensors, index_select"]["error"] == "no answer within 2 s: stopped"
+    assert loaders["tensors, index_select"]["error"] == "no answer within 8 s: stopped"
     assert "median" not in loaders["FFCV"]
 
 
@@ -174,6 +175,7 @@ def test_the_command_writes_table_pictures_and_json(tmp_path, monkeypatch, capsy
     write_dataset(tmp_path / "data", train=200, test=20)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "FULL", SHORT)
+    monkeypatch.setattr(module, "MOST_TURNS", 2)
     flags = ["--dataset", "mnist", "--data-dir", str(tmp_path / "data"), "--batch-size", "50", "--device", "cpu"]
     assert main(["bench", *flags, "--only", OURS, "--json", "result.json", "--out", "out"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
