@@ -20,7 +20,7 @@ from fastmnist.measure.clock import in_turns, ratios, row
 from fastmnist.measure.environment import origin
 from fastmnist.measure.peers import PEERS, missing
 from fastmnist.measure.processes import SideError, SideProcess
-from fastmnist.measure.sides import BY_NAME, OURS, PLAIN, SIDES, Side
+from fastmnist.measure.sides import BY_NAME, OURS, PLAIN, SIDES, Side, Source
 from fastmnist.training.precision import choose_device
 
 EXPANDED = 60_000  # images that the embedded digits are deformed into, where there is no MNIST
@@ -183,6 +183,7 @@ class _Bench:
                 here.append(side)
             else:
                 self.failed[side.name] = lacking
+        self._fill_jit_cache(here)
         for at in range(0, len(here), TOGETHER):
             some = here[at : at + TOGETHER]
             self._say(f"starting {', '.join(side.name for side in some)}")
@@ -205,6 +206,14 @@ class _Bench:
                     self.processes[side.name].pause()
                 except SideError as error:
                     self._fail(side, error)
+
+    def _fill_jit_cache(self, sides: list[Side]) -> None:
+        """On a new machine the first process would compile, and its first batch be no warm one."""
+        for side in sides:
+            if side.kind == "ours":
+                source = Source(side, self.data, self.batch_size, self.device, self.folder)
+                next(source.epoch())
+                source.close()
 
     def _fail(self, side: Side, error: SideError) -> None:
         self.failed[side.name] = str(error)
