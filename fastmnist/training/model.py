@@ -123,4 +123,6 @@ def _forget_statistics(module: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """As they are saved: weights that are left out while it trains (live_taps) count too."""
+    saved = model.state_dict()
+    return sum(saved[name].numel() for name, _ in model.named_parameters())
