@@ -14,7 +14,7 @@ from fastmnist.errors import ConfigError
 Stem = Literal["imagenet", "stride2", "cifar"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 LoaderName = Literal["ours", "ffcv", "dataloader", "tuned", "tensors"]
-Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "cudagraphs"]
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "cudagraphs", "graph"]
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,19 @@ class ModelConfig:
     stem: Stem = "imagenet"
     """First layer of resnet18: 7x7 stride 2 and max-pool, 3x3 stride 2, or 3x3 stride 1 (more accurate, slower)."""
 
+    live_taps: bool = True
+    """Train resnet18 without those weights that only ever meet padding on images of this size: the same function."""
+
 
 @dataclass(frozen=True)
 class RecipeConfig:
     """Recipe"""
 
-    epochs: Optional[int] = None
-    """Passes over the training set; by default as many as make about 180,000 images, at least 1, at most 20."""
+    epochs: Optional[float] = None
+    """Passes over the training set, 0.5 for half of one; by default as many as make --images-seen, at most 20."""
+
+    images_seen: int = 180_000
+    """Training images in all where --epochs is not given; more than one pass is rounded to whole ones."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
@@ -146,7 +152,7 @@ class RunConfig:
     """Mixed precision: bf16 from compute capability 8.0 and on processors that have it, fp16 with a scaler below."""
 
     compile: Compile = "auto"
-    """torch.compile: auto weighs its cost against the run's length."""
+    """A mode of torch.compile, or graph: the whole step as one CUDA graph. auto weighs the cost against the gain."""
 
     log_every: int = 50
     """Steps between two lines in metrics.jsonl."""
@@ -181,7 +187,7 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             ("prefetch", 0, 64),
             ("prefetch_factor", 1, 64),
             ("batches_ahead", 1, 64),
-            ("epochs", 1, math.inf),
+            ("images_seen", 1, math.inf),
             ("momentum", 0, 0.9999),
             ("weight_decay", 0, math.inf),
             ("warmup", 0.01, 0.99),
@@ -196,8 +202,10 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             if value is not None and not low <= value <= high:
                 limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
                 raise ConfigError(f"{flag(name)} {value}: must be {limit}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate {self.learning_rate}: must be more than 0")
+        for name in ("learning_rate", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{flag(name)} {value}: must be more than 0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastmnist.config import TrainConfig, flag
 from fastmnist.data.loader import Loader
-from fastmnist.errors import ConfigError, DataError, FastmnistError
+from fastmnist.errors import ConfigError, DataError
 from fastmnist.interrupt import stop_on_ctrl_c
 from fastmnist.measure.environment import hardware, tuned_on, versions
 from fastmnist.report.events import summary_writer, tensorboard_events
 from fastmnist.report.progress import Reporter, duration
 from fastmnist.runfolder import RunFolder
-from fastmnist.session import make_loaders, open_files
+from fastmnist.session import make_loaders, make_model, open_files
 from fastmnist.training.checkpoint import (
     CHECKPOINT,
     ModelCard,
@@ -30,13 +30,13 @@ from fastmnist.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import Evaluation, StopRequested, evaluate_model
 from fastmnist.training.loop import Record, Trainer
 from fastmnist.training.model import count_parameters
 from fastmnist.training.precision import choose_compile, choose_device, choose_precision
 
 SAVE_EVERY = 30.0  # seconds of training between two checkpoints at epochs' ends
-TIMED_PASSES = 5
 
 
 @dataclass
@@ -141,7 +141,11 @@ class _Run:
         with self.clocks.measure("data"):
             self.loaders = make_loaders(self.files, self.config, device)
         torch.manual_seed(self.config.seed)
-        self.trainer = Trainer(self._make_model(device), self.loaders.train, self.config, self.precision)
+        self.card = self._make_card()
+        model = make_model(self.files, self.config, device)
+        self.parameters = count_parameters(model)
+        self.trainer = Trainer(model, self.loaders.train, self.config, self.precision)
+        self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
         if resumed is None:
             self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
             self.config = replace(self.config, out=None)  # run again, it takes a new folder
@@ -172,64 +176,35 @@ class _Run:
                 "others may be faster: fastmnist tune finds them."
             )
 
-    def _make_model(self, device: torch.device) -> nn.Module:
-        shape = self.files.train.image_shape
+    def _make_card(self) -> ModelCard:
         mean, std = self.files.train.moments
         assert self.config.dataset is not None
-        self.card = ModelCard(
+        return ModelCard(
             model=self.config.model,
             stem=self.config.stem,
             dataset=self.config.dataset,
             class_names=self.files.train.class_names,
-            image_shape=shape,
+            image_shape=self.files.train.image_shape,
             mean=mean,
             std=std,
         )
-        model: nn.Module = self.card.build().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model
 
     def _announce(self) -> None:
         trainer, config = self.trainer, self.config
         held_out = f" ({config.val_size:,} held out for validation)" if config.val_size else ""
-        epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+        epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:.3g} epochs"
         self.reporter.say(
             f"{config.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
-            f"images; {config.model}, {count_parameters(trainer.model):,} parameters; {epochs} of "
-            f"{len(trainer.loader)} steps of {config.batch_size} images on {trainer.device}"
+            f"images; {config.model}, {self.parameters:,} parameters; {epochs}, {trainer.steps:,} steps of "
+            f"{config.batch_size} images, on {trainer.device}"
         )
         self.reporter.say(f"mixed precision {self.precision.name}: {self.precision.reason}")
 
     def _set_up_compile(self) -> None:
-        """Warms up, chooses how to compile and does it, outside the training clock."""
-        trainer, asked = self.trainer, self.config.compile
+        """Outside the training clock."""
         with self.clocks.measure("compile"):
-            trainer.model.train()
-            trainer.warm_up()
-            mode, reason = choose_compile(asked, trainer.device, self._eager_seconds())
-            if mode != "off":
-                how: dict[str, str] = {"backend": mode} if mode == "cudagraphs" else {"mode": mode}
-                trainer.compute = torch.compile(trainer.forward, **how)  # type: ignore[call-overload]
-                try:
-                    trainer.warm_up()
-                except FastmnistError:
-                    raise
-                except Exception as error:
-                    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                    if asked != "auto":
-                        raise FastmnistError(
-                            f"--compile {mode} does not work here: {what}; say --compile off"
-                        ) from error
-                    trainer.compute = trainer.forward
-                    mode, reason = "off", f"compiling was worth it but failed ({what})"
-        self.compile_mode, self.compile_reason = mode, reason
-        self.reporter.say(f"torch.compile {mode}: {reason}")
-
-    def _eager_seconds(self) -> float:
-        """About what the steps that are left take without compiling; measured where the choice depends on it."""
-        trainer = self.trainer
-        if self.config.compile != "auto" or trainer.device.type != "cuda":
-            return 0.0
-        return trainer.warm_up(TIMED_PASSES) * (len(trainer.rates) - trainer.step)
+            self.compile_mode, self.compile_reason = set_up_compile(self.trainer, self.config.compile)
+        self.reporter.say(f"compile {self.compile_mode}: {self.compile_reason}")
 
     def _train(self) -> TrainResult:
         with (
@@ -254,22 +229,21 @@ class _Run:
 
     def _epochs(self, stop: Callable[[], bool]) -> bool:
         """All epochs that are left; False when the user stopped in between."""
-        trainer, epochs = self.trainer, self.trainer.epochs
-        saved = trainer.seconds
-        if trainer.step and trainer.step % len(trainer.loader) == 0 and not self._knows(trainer.loader.epoch - 1):
-            # The last epoch's validation was interrupted.
-            self._finish_epoch(trainer.epoch_record(trainer.loader.epoch - 1), stop)
+        trainer, saved = self.trainer, self.trainer.seconds
+        finished = trainer.finished_epoch
+        if finished is not None and not self._knows(finished):  # its validation was interrupted
+            self._finish_epoch(trainer.epoch_record(finished), stop)
         with self.reporter.training(len(trainer.rates), trainer.step, self.config.batch_size):
-            while trainer.loader.epoch < epochs:
+            while trainer.step < trainer.steps:
                 record = trainer.run_epoch(
                     stop=stop,
                     on_log=self._log,
-                    on_tick=lambda record: self.reporter.show(record, epochs),
+                    on_tick=lambda record: self.reporter.show(record, self.epochs),
                 )
                 if record is None:
                     return False
                 self._finish_epoch(record, stop)
-                if trainer.seconds - saved > SAVE_EVERY and trainer.loader.epoch < epochs:
+                if trainer.seconds - saved > SAVE_EVERY and trainer.step < trainer.steps:
                     self._save_checkpoint()
                     saved = trainer.seconds
                 if stop():
@@ -294,14 +268,14 @@ class _Run:
 
     def _log(self, record: Record) -> None:
         self._keep(record)
-        self.reporter.show(record, self.trainer.epochs)
+        self.reporter.show(record, self.epochs)
 
     def _finish_epoch(self, record: Record, stop: Callable[[], bool]) -> None:
         if self.loaders.validation is not None:
             validation = self._evaluate(self.loaders.validation, stop)
             record |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
         self._keep(record)
-        self.reporter.epoch(record, self.trainer.epochs)
+        self.reporter.epoch(record, self.epochs)
 
     def _keep(self, record: Record) -> None:
         self.records.append(record)
@@ -341,12 +315,12 @@ class _Run:
             "val_images": config.val_size,
             "test_images": len(self.files.test),
             "steps": trainer.step,
-            "epochs": trainer.epochs,
-            "epochs_done": trainer.loader.epoch,
+            "epochs": config.epochs,
+            "epochs_done": trainer.step / len(trainer.loader),
             "interrupted": evaluation is None,
             "seed": config.seed,
             "model": config.model,
-            "parameters": count_parameters(trainer.model),
+            "parameters": self.parameters,
             "versions": versions(),
             "hardware": hardware(trainer.device),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),

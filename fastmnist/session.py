@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
+from torch import nn
 
 from fastmnist.config import TrainConfig
 from fastmnist.data.augment import Augmentation
@@ -19,11 +20,13 @@ from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import CompileProgress, prepare
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.training.evaluate import EVALUATION_BATCH
+from fastmnist.training.live_taps import use_live_taps
 from fastmnist.training.loop import DEFAULT_RATES
+from fastmnist.training.model import build_model
 
 VAL_SIZE, VAL_SHARE = 5000, 0.1
 SPLIT_SEED = 0  # one validation split for all seeds, so that runs compare
-IMAGES_SEEN, MOST_EPOCHS = 180_000, 20
+MOST_EPOCHS = 20
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,13 @@ def _resolve(config: TrainConfig, dataset: str, samples: int) -> TrainConfig:
         data_dir=_absolute(config.data_dir),
         cache_dir=_absolute(config.cache_dir),
         val_size=val_size,
-        epochs=config.epochs or int(np.clip(round(IMAGES_SEEN / images), 1, MOST_EPOCHS)),
+        epochs=config.epochs or _epochs(config.images_seen / images),
         learning_rate=config.learning_rate or DEFAULT_RATES[config.optimizer],
     )
+
+
+def _epochs(passes: float) -> float:
+    return passes if passes < 1 else float(min(round(passes), MOST_EPOCHS))
 
 
 def _absolute(folder: str | None) -> str | None:
@@ -121,6 +128,22 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
         validation=None if validation is None else evaluation(files.train, validation),
         test=evaluation(files.test, None),
     )
+
+
+def make_model(files: RunFiles, config: TrainConfig, device: torch.device) -> nn.Module:
+    """A model with fresh weights for these files, as it is trained: on `device`, in channels_last, with live taps."""
+    height, width, channels = files.train.image_shape
+    model = build_model(
+        config.model,
+        stem=config.stem,
+        num_classes=len(files.train.class_names),
+        in_channels=channels,
+        image_size=(height, width),
+    )
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.live_taps and config.model == "resnet18":
+        use_live_taps(model, (height, width, channels))
+    return model
 
 
 def loader_settings(config: TrainConfig) -> dict[str, Any]:

@@ -250,3 +250,54 @@ def test_on_a_gpu_every_mode_learns_the_same(beton: Path, dtype: torch.dtype | N
 
     tolerance = 1e-2 if dtype is None else 0.1
     assert run("cuda", Precision(dtype, ""), mode) == pytest.approx(run("cpu", FLOAT32, "off"), rel=tolerance)
+
+
+@pytest.mark.parametrize(("epochs", "ends"), [(0.5, [3]), (1.0, [6]), (1.5, [6, 9]), (0.01, [1])])
+def test_the_last_epoch_may_be_a_part_of_one(beton: Path, epochs: float, ends: list[int]) -> None:
+    each = trainer(beton, epochs=epochs)  # 6 steps per epoch
+    finished = []
+    while each.step < each.steps:
+        record = each.run_epoch()
+        assert record is not None
+        assert each.finished_epoch == record["epoch"] == len(finished)
+        finished.append(record)
+    assert [record["step"] for record in finished] == ends
+    assert finished[-1]["epochs"] == pytest.approx(ends[-1] / 6)
+    assert len(each.rates) == each.steps == ends[-1]
+
+
+def test_begun_again_as_if_new(beton: Path) -> None:
+    """After a whole run of another seed: weights, momenta, order and records of a new trainer."""
+    used = trainer(beton, seed=1)
+    while used.step < used.steps:
+        used.run_epoch()
+    new, model = trainer(beton, seed=2), trainer(beton, seed=2).model
+    used.begin_again(model, trainer(beton, seed=2).loader)
+    for _ in range(2):
+        a, b = used.run_epoch(), new.run_epoch()
+        assert a is not None
+        assert b is not None
+        clocks = {"seconds", "images_per_second"}
+        assert {key: a[key] for key in a.keys() - clocks} == {key: b[key] for key in b.keys() - clocks}
+    assert same(weights(used), weights(new))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_recorded_step_trains_the_same(beton: Path, optimizer: str) -> None:
+    def run(graph: bool) -> tuple[list[float], list[float]]:
+        config = TrainConfig(epochs=2, batch_size=16, optimizer=optimizer)
+        torch.manual_seed(0)
+        loader = Loader(beton, 16, device="cuda", drop_last=True)
+        model = build_model("small-cnn").cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        each = Trainer(model, loader, config, FLOAT32)
+        each.warm_up()
+        if graph:
+            before = weights(each)
+            assert each.record_graph() > 0
+            assert same(before, weights(each))
+        records = [each.run_epoch() for _ in range(2)]
+        return [r["train_loss"] for r in records if r], [r["train_accuracy"] for r in records if r]
+
+    for recorded, eager in zip(run(True), run(False), strict=True):
+        assert recorded == pytest.approx(eager, rel=1e-3)

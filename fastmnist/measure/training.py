@@ -14,6 +14,7 @@ from fastmnist.data.augment import Augmentation
 from fastmnist.data.epochs import Batch
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.report.progress import Reporter
+from fastmnist.training.compiling import compile_step
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import choose_compile, choose_device, choose_precision
 
@@ -60,8 +61,7 @@ def training_setup(
         FastmnistError: the mode that `config.compile` names does not work here.
     """
     # torchvision and scikit-learn take seconds to import, and who measures a loop of their own needs neither.
-    from fastmnist.session import make_loaders, open_files
-    from fastmnist.training.model import build_model
+    from fastmnist.session import make_loaders, make_model, open_files
 
     with ExitStack() as leaving:
         files, config = open_files(config, reporter.compiling)
@@ -75,18 +75,14 @@ def training_setup(
         leaving.callback(loaders.close)
         height, width, channels = files.train.image_shape
         torch.manual_seed(config.seed)
-        model = build_model(
-            config.model,
-            stem=config.stem,
-            num_classes=len(files.train.class_names),
-            in_channels=channels,
-            image_size=(height, width),
-        ).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = make_model(files, config, device)
         trainer = Trainer(model, loaders.train, config, precision)
         model.train()
         leaving.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))  # as in a run
         transforms = _transforms(config, largest_batch or config.batch_size, (height, width), device)
-        if config.compile not in ("auto", "off"):
+        if config.compile == "graph":
+            trainer.record_graph()
+        elif config.compile not in ("auto", "off"):
             shape = (config.batch_size, channels, height, width)
             _compile(trainer, config.compile, shape, transforms)
         yield TrainingSetup(files, config, device, loaders.train.indices, loaders, _step_of(trainer, transforms))
@@ -122,8 +118,7 @@ def _step_of(trainer: Trainer, transforms: torch.Tensor | None) -> Callable[[Bat
 
 def _compile(trainer: Trainer, mode: str, shape: tuple[int, ...], transforms: torch.Tensor | None) -> None:
     """Compiles the step for batches of that shape, as the run's own loader makes them."""
-    how: dict[str, str] = {"backend": mode} if mode == "cudagraphs" else {"mode": mode}
-    trainer.compute = torch.compile(trainer.forward, **how)  # type: ignore[call-overload]
+    compile_step(trainer, mode)
     dtype, device = trainer.loader.dtype, trainer.device
     images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(shape[0], dtype=torch.int64, device=device)

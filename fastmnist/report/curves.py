@@ -101,8 +101,8 @@ def _points(records: Sequence[Record], key: str) -> Points:
 def _curves_title(steps: Sequence[Record], epochs: Sequence[Record]) -> str:
     if epochs:
         last = epochs[-1]
-        done = int(last.get("epoch") or 0) + 1
-        after = f" after {done} epoch{'s' if done != 1 else ''}"
+        epochs_done = float(last.get("epochs") or int(last.get("epoch") or 0) + 1)
+        after = f" after {epochs_done:.3g} epoch{'s' if epochs_done != 1 else ''}"
         keys: tuple[tuple[str, str], ...] = (("val_accuracy", "Validation"), ("train_accuracy", "Training"))
     else:
         last = steps[-1] if steps else {}

@@ -131,7 +131,7 @@ def _loss(value: object) -> str:
 
 def _subtitle(summary: Mapping[str, Any]) -> str:
     done = _number(summary.get("epochs_done"))
-    epochs = "" if done is None else f"{done:,.0f} epoch{'s' if done != 1 else ''}"
+    epochs = "" if done is None else f"{done:,.3g} epoch{'s' if done != 1 else ''}"
     return ", ".join(part for part in ("fastmnist", epochs, _date(summary.get("date"))) if part)
 
 

@@ -54,12 +54,14 @@ def evaluate_model(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     *,
+    shifted: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Runs the model in evaluation mode over one epoch of a loader that gives uint8 images in the file's order.
 
     Always in float32, so that a run's accuracy is what its saved weights give anywhere.
     mean, std: per channel, of the data that the model was trained on.
+    shifted: average the logits of each image over itself and its shifts by one pixel in the four directions.
 
     Raises:
         StopRequested: `stop` became true; it is asked before each batch.
@@ -73,7 +75,7 @@ def evaluate_model(
         for images, batch_labels in loader:
             if stop():
                 raise StopRequested
-            logits.append(model(normalise(images)))
+            logits.append(model(normalise(images)) if not shifted else _over_shifts(model, normalise, images))
             labels.append(batch_labels.clone())
     finally:
         model.train(was_training)
@@ -83,3 +85,10 @@ def evaluate_model(
         probabilities=all_logits.softmax(1).cpu().numpy(),
         loss=float(functional.cross_entropy(all_logits, all_labels)),
     )
+
+
+def _over_shifts(model: nn.Module, normalise: Normaliser, images: torch.Tensor) -> torch.Tensor:
+    height, width = images.shape[2:]
+    padded = functional.pad(images, (1, 1, 1, 1))  # MNIST and its kin are black at the edges
+    moved = [padded[:, :, y : y + height, x : x + width] for y, x in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
+    return torch.stack([model(normalise(view)) for view in moved]).mean(0)

@@ -15,6 +15,7 @@ from fastmnist.data.augment import Augmentation, warp_on_device
 from fastmnist.data.epochs import Batch, EpochLoader
 from fastmnist.data.normalise import Normaliser
 from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.training.graph import StepGraph
 from fastmnist.training.precision import Precision
 
 Record = dict[str, Any]
@@ -47,25 +48,27 @@ class Trainer:
     """Trains `model` on the batches of `loader` (drop_last, on the model's device).
 
     Attributes:
-        step: optimizer steps done.
+        step, steps: optimizer steps done, and in all; the last epoch may be a part of one.
         seconds: the training clock: from a batch's request to the end of its step, without validation.
         compute: (images, labels, transforms) to (mean loss, number of right answers); may be replaced by its compiled
             form.
+        graph: the whole step, once it is recorded.
     """
 
     def __init__(self, model: nn.Module, loader: EpochLoader, config: TrainConfig, precision: Precision) -> None:
         assert config.epochs is not None
         self.model, self.loader, self.config, self.precision = model, loader, config, precision
         self.device = loader.device
-        self.epochs = config.epochs
+        self.steps = max(1, round(len(loader) * config.epochs))
         self.normalise = Normaliser(*loader.file.moments, self.device)
         on_device = config.augment and loader.dtype == torch.uint8
         self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if on_device else None
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
-        self.rates = one_cycle(len(loader) * self.epochs, peak, config.warmup)
+        self.rates = one_cycle(self.steps, peak, config.warmup)
         self.compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.forward
+        self.graph: StepGraph | None = None
         self.step = 0
         self.seconds = 0.0
         self._losses = torch.zeros(len(loader), device=self.device)
@@ -157,6 +160,31 @@ class Trainer:
                     buffer.copy_(buffers[name])
             _set_random_state(random_state, self.device)
 
+    def record_graph(self) -> float:
+        """From now on a step is one CUDA graph: returns the seconds that it took. Raises RuntimeError as StepGraph."""
+        state = self.loader.state_dict()
+        images, labels = next(iter(self.loader))
+        self.loader.load_state_dict(state)
+        transforms = self.transforms(0)
+        part = None if transforms is None else transforms[: len(labels)]
+        graph = StepGraph(self.compute, self.model, self.optimizer, images, labels, part, self._losses, self._right)
+        self.graph = graph
+        return graph.seconds
+
+    def begin_again(self, model: nn.Module, loader: EpochLoader) -> None:
+        """From step 0 with the weights of `model` and the order of `loader`, and what was compiled or recorded."""
+        with torch.no_grad():
+            self.model.load_state_dict(model.state_dict())
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+        self.loader = loader
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
+        self.step, self.seconds = 0, 0.0
+        self._losses.zero_()
+        self._right.zero_()
+
     def _advice_on_memory(self, batch: Batch, transforms: torch.Tensor | None) -> str:
         images, labels = batch
         size = len(labels) // 2
@@ -179,6 +207,10 @@ class Trainer:
     def train_step(self, batch: Batch, transforms: torch.Tensor | None, at: int) -> None:
         """One optimizer step; loss and right answers stay on the device, at place `at` of the epoch."""
         images, labels = batch
+        if self.graph is not None:
+            self.graph.run(images, labels, transforms, self.rates[self.step], at)
+            self.step += 1
+            return
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[self.step]
         loss, right = self.compute(images, labels, transforms)
@@ -206,14 +238,14 @@ class Trainer:
         Raises:
             FastmnistError: the loss is no longer finite.
         """
-        batches = len(self.loader)
         self.loader.load_state_dict(self.loader.state_dict())  # an epoch that was left early goes on
-        epoch, first = self.loader.epoch, self.step % batches
+        epoch, first = self.loader.epoch, self.step % len(self.loader)
+        batches = self.batches_of(epoch)
         size = self.loader.batch_size
-        transforms = self.transforms(epoch)
         self.model.train()
         self.synchronize()
         begun = ticked = time.perf_counter()
+        transforms = self.transforms(epoch)
         before, logged = self.seconds, first
         for at, batch in enumerate(self.loader, first):
             part = None if transforms is None else transforms[at * size : (at + 1) * size]
@@ -228,7 +260,9 @@ class Trainer:
                 self.seconds = before + time.perf_counter() - begun
                 on_tick(self._record(epoch, logged, done))
                 ticked = time.perf_counter()
-            if done < batches and stop():
+            if done == batches:
+                break
+            if stop():
                 self._check_finite(logged, done)
                 self.seconds = before + time.perf_counter() - begun
                 return None
@@ -236,12 +270,23 @@ class Trainer:
         self.seconds = before + time.perf_counter() - begun
         return self.epoch_record(epoch)
 
+    def batches_of(self, epoch: int) -> int:
+        """Steps of that epoch: fewer in the last one, when a part of it makes the epochs that were asked for."""
+        return min(len(self.loader), self.steps - epoch * len(self.loader))
+
+    @property
+    def finished_epoch(self) -> int | None:
+        """The epoch that the last step ended; None in the middle of one, and before the first step."""
+        ended = self.step and (self.step == self.steps or self.step % len(self.loader) == 0)
+        return (self.step - 1) // len(self.loader) if ended else None
+
     def epoch_record(self, epoch: int) -> Record:
         """The record of `epoch`, the last one that was finished."""
-        loss, accuracy = self._means(0, len(self.loader))
+        loss, accuracy = self._means(0, self.batches_of(epoch))
         return {
             "kind": "epoch",
             "epoch": epoch,
+            "epochs": self.step / len(self.loader),
             "step": self.step,
             "train_loss": loss,
             "train_accuracy": accuracy,

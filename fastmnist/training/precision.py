@@ -13,6 +13,7 @@ from fastmnist.errors import ConfigError
 # the share of an eager step that it is expected to save on a GPU at best: assumed, to be replaced by measurements.
 COMPILE_SECONDS = 45.0
 COMPILE_GAIN = 0.4
+GRAPH_PAYS = 1.0  # seconds of a run from which recording its step as a CUDA graph is tried: assumed too
 
 
 # With AVX-512 BF16 a training step ran at 1.3 (imagenet stem) to 1.7 times (cifar) the speed of float32:
@@ -83,7 +84,7 @@ def choose_compile(asked: str, device: torch.device, eager_seconds: float) -> tu
     Raises:
         ConfigError: the mode needs a GPU and there is none.
     """
-    if asked in ("reduce-overhead", "cudagraphs") and device.type != "cuda":
+    if asked in ("reduce-overhead", "cudagraphs", "graph") and device.type != "cuda":
         raise ConfigError(f"--compile {asked} records CUDA graphs and needs a GPU; say default, off or auto")
     if asked != "auto":
         return asked, "asked for"
