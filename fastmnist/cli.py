@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, NoReturn, Optional
 
@@ -136,17 +138,22 @@ def _verify(options: Any, arguments: Sequence[str]) -> int:
 
 def _describe_train() -> Parser:
     parser = _parser("Train a model: compile the data where needed, train, evaluate, draw, write the run's folder.")
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     parser.add_argument(
         "--resume", type=Optional[str], metavar="DIR", help="Go on with the run in DIR that was stopped."
     )
-    for group in GROUPS:
-        parser.add_class_arguments(group)
+    _add_run_flags(parser)
     return parser
 
 
 def _add_run_flags(parser: Parser, loader: str | None = None) -> None:
     """A run's settings. loader: what --loader says where it may also be "all"."""
+    parser.add_argument(
+        "--preset",
+        type=str,
+        default="auto",
+        help="Settings that the flags below override: fast99, fast995 or accurate for a GPU, cpu, none; auto takes "
+        "cpu or fast995 for MNIST, by the device.",
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     for group in GROUPS:
         parser.add_class_arguments(group, skip={"loader"} if loader else set())
@@ -154,25 +161,34 @@ def _add_run_flags(parser: Parser, loader: str | None = None) -> None:
         parser.add_argument("--loader", type=str, default="ours", help=loader)
 
 
-def _config_of(options: Any) -> TrainConfig:
-    return TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
+def _given(options: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    """The run's settings that flags or a file name; defaults are not among them."""
+    given = vars(getattr(build_parser().parse_args(arguments, defaults=False), options.subcommand))
+    return {name: value for name, value in given.items() if name in TrainConfig.__dataclass_fields__}
+
+
+def _config_of(options: Any, arguments: Sequence[str]) -> tuple[TrainConfig, str]:
+    """The run's settings, and the name of the preset that they begin with."""
+    from fastmnist.presets import choose_preset, preset_config
+    from fastmnist.training.precision import choose_device
+
+    name = choose_preset(options.preset, options.dataset, lambda: choose_device(options.device).type == "cuda")
+    return preset_config(name, **_given(options, arguments)), name
 
 
 def _train(options: Any, arguments: Sequence[str]) -> int:
     if options.resume is None:
         from fastmnist.run import train
 
-        result = train(_config_of(options), started=STARTED)
+        config, preset = _config_of(options, arguments)
+        if preset != "none" and not config.quiet:
+            print(f"preset {preset} (--preset none, or any flag, for other settings)")
+        result = train(config, started=STARTED)
     else:
         from fastmnist.run import resume
 
-        # Without defaults: what was not given keeps the run's own value, and is no change.
-        given = vars(build_parser().parse_args(arguments, defaults=False).train)
-        result = resume(
-            options.resume,
-            {name: value for name, value in given.items() if name in TrainConfig.__dataclass_fields__},
-            started=STARTED,
-        )
+        # What was not given keeps the run's own value, and is no change.
+        result = resume(options.resume, _given(options, arguments), started=STARTED)
     _write_json(options.json, result.summary | {"folder": str(result.folder)})
     return INTERRUPTED if result.interrupted else 0
 
@@ -311,7 +327,7 @@ def _doctor(options: Any, arguments: Sequence[str]) -> int:
     from fastmnist.report.progress import Reporter
 
     reporter = Reporter(options.quiet)
-    found = diagnose_training(_config_of(options), options.seconds, reporter)
+    found = diagnose_training(_config_of(options, arguments)[0], options.seconds, reporter)
     reporter.result(found.verdict)
     for line in found.lines():
         reporter.say(line)
@@ -342,8 +358,7 @@ def _tune(options: Any, arguments: Sequence[str]) -> int:
 
     reporter = Reporter(options.quiet)
     loader = options.loader
-    options.loader = "ours" if loader == "all" else loader
-    config = _config_of(options)
+    config = replace(_config_of(options, arguments)[0], loader="ours" if loader == "all" else loader)
     with _new_folder(config.out, "tune") as folder:
         with reporter.working() as progress:
             found = tune(
@@ -364,6 +379,41 @@ def _tune(options: Any, arguments: Sequence[str]) -> int:
     reporter.result(f"{found.verdict()} Use it: fastmnist train --config {folder / 'tuned.yaml'}")
     _write_json(options.json, found.to_dict() | {"folder": str(folder)})
     return 0
+
+
+def _describe_speedrun() -> Parser:
+    parser = _parser("Repeat a run with many seeds: accuracy and training seconds, with their spread and a picture.")
+    parser.add_argument("--seeds", type=int, default=20, help="Runs, from --seed on.")
+    parser.add_argument(
+        "--shifted", action="store_true", help="Also average each test image over its shifts by one pixel."
+    )
+    _add_run_flags(parser)
+    return parser
+
+
+def _speedrun(options: Any, arguments: Sequence[str]) -> int:
+    from fastmnist.report.progress import Reporter
+    from fastmnist.report.speedrun import plot_speedrun
+    from fastmnist.speedrun import speedrun
+
+    reporter = Reporter(options.quiet)
+    config, preset = _config_of(options, arguments)
+    with _new_folder(config.out, "speedrun") as folder:
+        with reporter.working() as progress:
+            found = speedrun(
+                replace(config, out=None),
+                options.seeds,
+                preset=preset,
+                command=f"fastmnist {shlex.join(arguments)}",
+                shifted=options.shifted,
+                reporter=reporter,
+                progress=progress,
+            )
+        _write_json(str(folder / "speedrun.json"), found.to_dict())
+        plot_speedrun(found.to_dict(), [folder / "speedrun.png", folder / "speedrun.svg"])
+    reporter.result(f"{found.verdict()}. {folder} has the picture and every seed.")
+    _write_json(options.json, found.to_dict() | {"folder": str(folder)})
+    return INTERRUPTED if found.interrupted else 0
 
 
 @contextmanager
@@ -388,6 +438,7 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any, Sequence[str]], i
     "bench": (_describe_bench, _bench),
     "doctor": (_describe_doctor, _doctor),
     "tune": (_describe_tune, _tune),
+    "speedrun": (_describe_speedrun, _speedrun),
 }
 
 
@@ -404,7 +455,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         parsed = build_parser().parse_args(arguments)
-        return COMMANDS[parsed.subcommand][1](getattr(parsed, parsed.subcommand), arguments)
+        options = getattr(parsed, parsed.subcommand)
+        options.subcommand = parsed.subcommand
+        return COMMANDS[parsed.subcommand][1](options, arguments)
     except KeyboardInterrupt:
         print("fastmnist: interrupted", file=sys.stderr)
         return INTERRUPTED

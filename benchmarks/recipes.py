@@ -1,0 +1,120 @@
+"""Training as people write it, without fastmnist's trainer: what the presets are held against, by the same clocks.
+
+The training clock runs from the request of a batch to the end of its step, and stands still while the test set is
+looked at. Both take images from loaders of `fastmnist.data.baselines`, which are what notebooks have (torchvision's
+transforms sample by sample) and the fastest that plain tensors allow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastmnist.data.augment import Augmentation, warp_on_device
+from fastmnist.data.baselines import PlainDataLoader, TensorLoader
+from fastmnist.data.beton import Beton
+from fastmnist.data.loader import Loader
+from fastmnist.data.normalise import Normaliser
+from fastmnist.training.evaluate import EVALUATION_BATCH, evaluate_model
+from fastmnist.training.model import resnet18
+
+BATCH_SIZE = 128
+
+
+@dataclass
+class Trained:
+    """train_seconds, and the test accuracy at each look: after every epoch, with the training seconds until then."""
+
+    seed: int
+    train_seconds: float = 0.0
+    test_accuracy: float = 0.0
+    looks: list[dict[str, float]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plain_recipe(train: Beton, test: Beton, device: torch.device, seed: int) -> Trained:
+    """One epoch, batch 128, SGD with Nesterov momentum and OneCycle up to 0.1, shifts of up to 2 pixels.
+
+    Eager float32 in channels_last, from a tensor in memory: what a person who knows PyTorch writes.
+    """
+    torch.manual_seed(seed)
+    model: nn.Module = resnet18().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    augmentation = Augmentation(shift=2, rotation=0, scale=0)
+    normalise = Normaliser(*train.moments, device)
+    with TensorLoader(train, BATCH_SIZE, seed=seed, device=device, drop_last=True, rank=0, world_size=1) as loader:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=len(loader) + 1)
+        moves = augmentation.matrices(augmentation.draw(len(train), seed, 0), train.image_shape[:2])
+        transforms = torch.from_numpy(moves).to(device)
+
+        def steps() -> Iterator[None]:
+            for at, (images, labels) in enumerate(loader):
+                part = transforms[at * BATCH_SIZE : (at + 1) * BATCH_SIZE]
+                values = normalise(warp_on_device(images.float(), part)).contiguous(memory_format=torch.channels_last)
+                functional.cross_entropy(model(values), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                yield
+
+        return _epochs(model, steps, test, train.moments, seed, most=1, until=1.0)
+
+
+def notebook_recipe(
+    train: Beton, test: Beton, device: torch.device, seed: int, *, until: float = 0.99, most: int = 6
+) -> Trained:
+    """What the usual notebook does: a DataLoader with 2 workers over torchvision's MNIST, Adam 1e-3, batch 128.
+
+    Eager float32, no schedule, no augmentation; it ends with the first epoch after which the test accuracy is `until`,
+    or after `most` epochs. It is not trained on the test set, but stops by it: that is in its favour.
+    """
+    torch.manual_seed(seed)
+    model: nn.Module = resnet18().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with PlainDataLoader(train, BATCH_SIZE, workers=2, seed=seed, device=device, rank=0, world_size=1) as loader:
+
+        def steps() -> Iterator[None]:
+            for images, labels in loader:
+                optimizer.zero_grad()
+                functional.cross_entropy(model(images.contiguous()), labels).backward()
+                optimizer.step()
+                yield
+
+        return _epochs(model, steps, test, train.moments, seed, most=most, until=until)
+
+
+def _epochs(
+    model: nn.Module,
+    steps: Callable[[], Iterator[None]],
+    test: Beton,
+    moments: tuple[tuple[float, ...], tuple[float, ...]],
+    seed: int,
+    *,
+    most: int,
+    until: float,
+) -> Trained:
+    device = next(model.parameters()).device
+    trained = Trained(seed)
+    with Loader(test, EVALUATION_BATCH, shuffle=False, device=device, rank=0, world_size=1) as loader:
+        for epoch in range(most):
+            model.train()
+            begun = time.perf_counter()
+            for _ in steps():
+                pass
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            trained.train_seconds += time.perf_counter() - begun
+            trained.test_accuracy = evaluate_model(model, loader, *moments).accuracy
+            look = {"epoch": epoch + 1, "seconds": trained.train_seconds, "test_accuracy": trained.test_accuracy}
+            trained.looks.append(look)
+            if trained.test_accuracy >= until:
+                break
+    return trained

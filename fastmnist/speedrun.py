@@ -1,0 +1,269 @@
+"""The same run with many seeds in one process: how long training takes, and how accurate it is, without luck."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from fastmnist.config import TrainConfig
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.interrupt import stop_on_ctrl_c
+from fastmnist.measure.clock import row
+from fastmnist.measure.environment import origin
+from fastmnist.report.progress import Reporter, duration
+from fastmnist.session import RunFiles, make_loaders, make_model, open_files
+from fastmnist.training.compiling import set_up_compile
+from fastmnist.training.evaluate import evaluate_model
+from fastmnist.training.loop import Trainer
+from fastmnist.training.model import count_parameters
+from fastmnist.training.precision import choose_device, choose_precision
+
+POINTS = 10  # of the curve of accuracy over seconds
+NEVER = 2**31  # steps between two looks at the loss: each look waits for the GPU
+
+
+@dataclass(frozen=True)
+class Speedrun:
+    """What `speedrun` found.
+
+    runs: per seed test_accuracy (and test_accuracy_shifted, when asked for), train_seconds, data_seconds,
+        compile_seconds, evaluate_seconds; a run that diverged has `error`, and the accuracy that guessing gives.
+    curve: of one more run with the first seed: train_seconds and test_accuracy along it.
+    setup: import_seconds, data_seconds, compile_seconds before the first run, and what it ran with.
+    """
+
+    runs: Sequence[dict[str, Any]]
+    curve: Sequence[dict[str, float]]
+    setup: dict[str, Any]
+    origin: dict[str, Any]
+    interrupted: bool
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [run["test_accuracy"] for run in self.runs]
+
+    @property
+    def seconds(self) -> list[float]:
+        return [run["train_seconds"] for run in self.runs]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Accuracy and training seconds as the rows of a benchmark's result."""
+        settings = {name: self.setup[name] for name in ("preset", "command", "config")}
+        rows = [
+            row("speedrun", "test_accuracy", self.accuracies, "share", self.origin, settings),
+            row("speedrun", "train_seconds", self.seconds, "seconds", self.origin, settings),
+        ]
+        for found in rows:
+            found |= {"mean": statistics.fmean(found["values"]), "stdev": spread(found["values"])}
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "test_accuracy_mean": statistics.fmean(self.accuracies),
+            "test_accuracy_stdev": spread(self.accuracies),
+            "train_seconds_mean": statistics.fmean(self.seconds),
+            "train_seconds_stdev": spread(self.seconds),
+            "n": len(self.runs),
+            "interrupted": self.interrupted,
+            **self.setup,
+            "runs": list(self.runs),
+            "curve": list(self.curve),
+            "rows": self.rows(),
+            **self.origin,
+        }
+
+    def verdict(self) -> str:
+        """One sentence: accuracy, its spread, and the seconds."""
+        n = len(self.runs)
+        seeds = "1 seed" if n == 1 else f"{n} seeds"
+        lowest, highest = min(self.accuracies), max(self.accuracies)
+        return (
+            f"{statistics.fmean(self.accuracies):.2%} test accuracy ({lowest:.2%} to {highest:.2%}) after "
+            f"{duration(statistics.fmean(self.seconds))} of training ({duration(min(self.seconds))} to "
+            f"{duration(max(self.seconds))}), mean of {seeds}"
+        )
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of a sample; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def speedrun(
+    config: TrainConfig,
+    seeds: int = 20,
+    *,
+    preset: str = "none",
+    command: str = "",
+    curve: bool = True,
+    shifted: bool = False,
+    reporter: Reporter | None = None,
+    progress: Callable[[str, float], None] = lambda text, share: None,
+) -> Speedrun:
+    """Trains `seeds` times, seeds config.seed and on, and evaluates each model on the test set, once.
+
+    The training clock of a seed begins with the data in place and the step compiled, and ends when the last step is
+    done. Setting up, compiling (once, for all seeds) and evaluating have clocks of their own. Weights, optimizer state,
+    order and augmentation of a seed are those of `train` with that seed.
+
+    Args:
+        config: a run's settings; nothing is held out for validation unless val_size says so.
+        preset, command: named in the result.
+        curve: train the first seed once more, with the clock stopped now and then to look at the test set.
+        shifted: also average the probabilities of each test image over its shifts by a pixel.
+        reporter: is told what is chosen. progress: of what is being done, and which share of all is.
+
+    Raises:
+        FastmnistError: as `train`. Ctrl-C ends it; what was measured by then is kept, if there is any.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    reporter = reporter or Reporter(quiet=True)
+    import_seconds = time.time() - psutil.Process().create_time()
+    config = replace(config, log_every=NEVER, val_size=config.val_size or 0)
+    begun = time.perf_counter()
+    files, config = open_files(config, reporter.compiling)
+    try:
+        if files.note:
+            reporter.say(files.note)
+        session = _Session(files, config, begun)
+        reporter.say(session.describe())
+        setup = session.setup() | {"import_seconds": import_seconds, "preset": preset, "command": command}
+        return session.repeat(seeds, curve, shifted, setup, reporter, progress)
+    finally:
+        files.close()
+
+
+class _Session:
+    """One model and its compiled step, trained anew for each seed."""
+
+    def __init__(self, files: RunFiles, config: TrainConfig, begun: float) -> None:
+        self.files, self.config = files, config
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.amp, self.device)
+        loaders = make_loaders(files, config, self.device)
+        torch.manual_seed(config.seed)
+        model = make_model(files, config, self.device)
+        self.parameters = count_parameters(model)
+        self.trainer = Trainer(model, loaders.train, config, self.precision)
+        self.data_seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            self.mode, self.reason = set_up_compile(self.trainer, config.compile)
+        self.compile_seconds = time.perf_counter() - begun
+        loaders.close()
+
+    def describe(self) -> str:
+        trainer = self.trainer
+        return (
+            f"{self.config.dataset}, {self.config.model}, {self.parameters:,} parameters; {trainer.steps:,} steps of "
+            f"{self.config.batch_size} images on {trainer.device}, mixed precision {self.precision.name}, compile "
+            f"{self.mode} ({self.reason})"
+        )
+
+    def setup(self) -> dict[str, Any]:
+        return {
+            "data_seconds": self.data_seconds,
+            "compile_seconds": self.compile_seconds,
+            "device": str(self.device),
+            "amp": self.precision.name,
+            "compile": self.mode,
+            "compile_reason": self.reason,
+            "dataset": self.config.dataset,
+            "parameters": self.parameters,
+            "steps": self.trainer.steps,
+            "train_images": len(self.trainer.loader.indices),
+            "test_images": len(self.files.test),
+            "config": self.config.to_dict(),
+        }
+
+    def repeat(
+        self,
+        seeds: int,
+        curve: bool,
+        shifted: bool,
+        setup: dict[str, Any],
+        reporter: Reporter,
+        progress: Callable[[str, float], None],
+    ) -> Speedrun:
+        first, count = self.config.seed, seeds + curve
+        runs: list[dict[str, Any]] = []
+        points: list[dict[str, float]] = []
+        interrupted = False
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True), stop_on_ctrl_c(reporter.say) as stop:
+            for number in range(seeds):
+                progress(f"seed {first + number}, {number + 1} of {seeds}", number / count)
+                found = self.run(first + number, shifted, stop)
+                if found is None:
+                    interrupted = True
+                    break
+                runs.append(found)
+                wrong = f", {found['error']}" if "error" in found else ""
+                accuracy, seconds = found["test_accuracy"], found["train_seconds"]
+                reporter.say(f"seed {found['seed']}: {accuracy:.2%} after {duration(seconds)}{wrong}")
+            if curve and not interrupted:
+                progress(f"accuracy over seconds, seed {first}", seeds / count)
+                points = self.curve(first, stop)
+        if not runs:
+            raise KeyboardInterrupt
+        return Speedrun(runs, points, setup, origin(self.device), interrupted)
+
+    def run(self, seed: int, shifted: bool, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """One seed; None when the user stopped it."""
+        begun = time.perf_counter()
+        loaders = make_loaders(self.files, replace(self.config, seed=seed), self.device)
+        trainer = self.trainer
+        found: dict[str, Any] = {"seed": seed}
+        try:
+            self._begin(seed, loaders.train)
+            found |= {"data_seconds": time.perf_counter() - begun}
+            try:
+                while trainer.step < trainer.steps:
+                    if trainer.run_epoch(stop=stop) is None:
+                        return None
+            except FastmnistError as error:  # the loss is no longer finite
+                found |= {"error": str(error), "test_accuracy": 1 / len(self.files.test.class_names)}
+                return found | {"train_seconds": trainer.seconds, "evaluate_seconds": 0.0}
+            begun = time.perf_counter()
+            moments = self.files.train.moments
+            found["test_accuracy"] = evaluate_model(trainer.model, loaders.test, *moments).accuracy
+            found |= {"evaluate_seconds": time.perf_counter() - begun, "train_seconds": trainer.seconds}
+            if shifted:
+                found["test_accuracy_shifted"] = evaluate_model(
+                    trainer.model, loaders.test, *moments, shifted=True
+                ).accuracy
+            return found
+        finally:
+            loaders.close()
+
+    def curve(self, seed: int, stop: Callable[[], bool]) -> list[dict[str, float]]:
+        """Accuracy on the test set along one run, with the clock stopped; empty when it diverges or is stopped."""
+        trainer = self.trainer
+        points: list[dict[str, float]] = []
+        looks = {int(step) for step in np.linspace(0, trainer.steps, POINTS + 1).round()[1:]}
+        loaders = make_loaders(self.files, replace(self.config, seed=seed), self.device)
+        try:
+            self._begin(seed, loaders.train)
+            while trainer.step < trainer.steps:
+                trainer.run_epoch(stop=lambda: trainer.step in looks or stop())
+                if stop():
+                    return []
+                if trainer.step in looks:
+                    accuracy = evaluate_model(trainer.model, loaders.test, *self.files.train.moments).accuracy
+                    points.append({"train_seconds": trainer.seconds, "test_accuracy": accuracy})
+        except FastmnistError:
+            return []
+        finally:
+            loaders.close()
+        return points
+
+    def _begin(self, seed: int, loader: Any) -> None:
+        torch.manual_seed(seed)
+        self.trainer.begin_again(make_model(self.files, self.config, self.device), loader)

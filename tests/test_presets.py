@@ -1,0 +1,81 @@
+"""Presets: what a flag does to them, and which one is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmnist import cli
+from fastmnist.config import TrainConfig
+from fastmnist.errors import ConfigError
+from fastmnist.presets import PRESETS, choose_preset, preset_config
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The configuration that `fastmnist train` with these flags would run with."""
+    taken: list[TrainConfig] = []
+
+    def take(config: TrainConfig, **_: Any) -> Any:
+        taken.append(config)
+        raise ConfigError("taken")
+
+    monkeypatch.setattr("fastmnist.run.train", take)
+
+    def run(*flags: str) -> TrainConfig:
+        assert cli.main(["train", "--device", "cpu", *flags]) == 2
+        return taken.pop()
+
+    return run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_that_exist_and_say_what_they_reach(name: str) -> None:
+    settings = PRESETS[name]()
+    assert settings
+    config = preset_config(name)
+    assert {key: getattr(config, key) for key in settings} == settings
+    assert "fastmnist speedrun" in str(PRESETS[name].__doc__)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "gpu", "chosen"),
+    [
+        ("auto", None, False, "cpu"),
+        ("auto", "mnist", True, "fast995"),
+        ("auto", "fashion", True, "none"),
+        ("fast99", "fashion", False, "fast99"),
+        ("none", "mnist", True, "none"),
+    ],
+)
+def test_which_one_is_taken(name: str, dataset: str | None, gpu: bool, chosen: str) -> None:
+    assert choose_preset(name, dataset, lambda: gpu) == chosen
+
+
+def test_flags_and_files_override_it(configured: Any, tmp_path: Path) -> None:
+    preset = PRESETS["cpu"]()
+    config = configured("--preset", "cpu", "--batch-size", "32", "--seed", "5")
+    assert config == TrainConfig(**preset | {"batch_size": 32, "seed": 5, "device": "cpu"})
+    file = tmp_path / "a.yaml"
+    file.write_text("batch_size: 48\npreset: cpu\n")
+    assert configured("--config", str(file)) == TrainConfig(**preset | {"batch_size": 48, "device": "cpu"})
+    assert configured("--preset", "none") == TrainConfig(device="cpu")
+    assert configured("--dataset", "fashion") == TrainConfig(device="cpu", dataset="fashion")
+    assert configured() == TrainConfig(**preset | {"device": "cpu"})
+
+
+def test_a_default_that_is_given_is_no_default(configured: Any) -> None:
+    """--batch-size with the plain default's value still overrides the preset's."""
+    preset = next(key for key, value in PRESETS["cpu"]().items() if isinstance(value, int) and value > 1)
+    default = getattr(TrainConfig(), preset)
+    flag = "--" + preset.replace("_", "-")
+    assert getattr(configured("--preset", "cpu", flag, str(default)), preset) == default
+
+
+def test_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--preset", "quick"]) == 2
+    assert "--preset quick: there are fast99, fast995, accurate, cpu, auto, none" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="there are fast99"):
+        preset_config("quick")
