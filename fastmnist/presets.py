@@ -13,7 +13,13 @@ Settings = dict[str, Any]
 
 def cpu() -> Settings:
     """99 % on a CPU, in the least time."""
-    return {"images_seen": 30_000, "batch_size": 128}
+    return {
+        "images_seen": 36_000,
+        "batch_size": 128,
+        "learning_rate": 0.05,
+        "shift": 1.0,
+        "rotation": 5.0,
+    }
 
 
 def fast99() -> Settings:

@@ -12,12 +12,13 @@ from fastmnist.errors import ConfigError
 # fmt: off
 TRAIN_FLAGS = [
     "--amp", "--augment", "--batch-size", "--batches-ahead", "--cache-dir", "--compile", "--config", "--data-dir",
-    "--dataset", "--debug", "--device", "--epochs", "--json", "--label-smoothing", "--learning-rate", "--loader",
-    "--log-every", "--model", "--momentum", "--no-augment", "--no-os-cache", "--no-quiet", "--no-reuse-buffers",
-    "--no-tensorboard", "--optimizer", "--order", "--os-cache", "--out", "--persistent-workers", "--pin-memory",
-    "--placement", "--prefetch", "--prefetch-factor", "--quiet", "--resume", "--reuse-buffers", "--rotation",
-    "--scale", "--seed", "--shift", "--stem", "--tensorboard", "--threads", "--tuned-on", "--val-size", "--verify",
-    "--warmup", "--weight-decay", "--workers",
+    "--dataset", "--debug", "--device", "--epochs", "--images-seen", "--json", "--label-smoothing",
+    "--learning-rate", "--live-taps", "--loader", "--log-every", "--model", "--momentum", "--no-augment",
+    "--no-live-taps", "--no-os-cache", "--no-quiet", "--no-reuse-buffers", "--no-tensorboard", "--optimizer",
+    "--order", "--os-cache", "--out", "--persistent-workers", "--pin-memory", "--placement", "--prefetch",
+    "--prefetch-factor", "--preset", "--quiet", "--resume", "--reuse-buffers", "--rotation", "--scale", "--seed",
+    "--shift", "--stem", "--tensorboard", "--threads", "--tuned-on", "--val-size", "--verify", "--warmup",
+    "--weight-decay", "--workers",
 ]
 # fmt: on
 

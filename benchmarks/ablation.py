@@ -1,0 +1,304 @@
+"""What each way to train in less time is worth on this machine: accuracy on held-out images, and seconds.
+
+    python benchmarks/ablation.py --data-dir FOLDER --output benchmarks/results/ablation.json --table docs/ablation.md
+
+Each row changes one thing in the cpu preset and trains it with the same seeds on 55,000 images; the accuracy is that on
+the 5,000 that are held out, so nothing here is chosen on the test set. Accuracies and seconds come from separate
+runs: all seeds of a row for the accuracy, and for the seconds a few steps of all rows in turn, of which the table gives
+the ratio to the preset's. Rows whose way is a setting of `train` say so; the others are written out here, and were not
+taken into the package.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments
+from torch import nn
+from torch.nn import functional
+
+from fastmnist.config import TrainConfig
+from fastmnist.files import write_bytes
+from fastmnist.measure.clock import in_turns, ratios
+from fastmnist.measure.environment import describe_hardware, origin
+from fastmnist.presets import preset_config
+from fastmnist.session import make_loaders, make_model, open_files
+from fastmnist.training.evaluate import evaluate_model
+from fastmnist.training.loop import Trainer
+from fastmnist.training.precision import choose_device, choose_precision
+
+TURNS, TIMED_IMAGES = 7, 1024
+FIRST_PART = 0.5  # of the steps, on smaller images
+EASY_FROM = 0.6  # of the steps done, from which on easy images are left out
+
+
+@dataclass(frozen=True)
+class Way:
+    """name: what is changed. settings: of `train`. change: of a trainer that is about to begin."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Trainer], None] = lambda trainer: None
+
+
+def zero_last_gamma(trainer: Trainer) -> None:
+    """Each residual block begins as the identity (P. Goyal et al., "Accurate, large minibatch SGD", 2017, 5.1)."""
+    for name, module in trainer.model.named_modules():
+        if name.endswith("bn2") and isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.weight)
+
+
+def faster_statistics(trainer: Trainer) -> None:
+    for module in trainer.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3
+
+
+def averaged_weights(trainer: Trainer) -> None:
+    """An exponential moving average over the second half of the steps, decay 0.95, taken at the end."""
+    inner, weights = trainer.train_step, list(trainer.model.parameters())
+    average: list[torch.Tensor] = []
+
+    def train_step(*batch: Any) -> None:
+        inner(*batch)
+        values = [weight.detach() for weight in weights]
+        if trainer.step < trainer.steps // 2:
+            return
+        if not average:
+            average.extend(value.clone() for value in values)
+        torch._foreach_lerp_(average, values, 0.05)
+        if trainer.step == trainer.steps:
+            torch._foreach_copy_(values, average)
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def smaller_images_first(trainer: Trainer) -> None:
+    """20x20 in the first half (J. Howard's progressive resizing): layer3's and layer4's maps keep their size."""
+    inner = trainer.model.forward
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        if trainer.model.training and trainer.step < trainer.steps * FIRST_PART:
+            images = functional.interpolate(images, (20, 20), mode="area")
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: torch.Tensor = inner(images)
+        return logits
+
+    trainer.model.forward = forward
+
+
+def muon(trainer: Trainer) -> None:
+    """Muon (K. Jordan, 2024; torch.optim.Muon) for the inner convolutions, SGD for the rest; learning rate 0.02."""
+    named = list(trainer.model.named_parameters())
+    inner = [weight for name, weight in named if weight.ndim > 1 and name not in ("conv1.weight", "fc.weight")]
+    chosen = {id(weight) for weight in inner}
+    flat = [nn.Parameter(as_matrix(weight.detach()).contiguous()) for weight in inner]
+    newton_schulz = torch.optim.Muon(flat, lr=0.02, momentum=0.9, weight_decay=0.0)
+    rest = torch.optim.SGD(
+        [weight for _, weight in named if id(weight) not in chosen],
+        lr=0.0,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+    )
+    peak = max(trainer.rates)
+
+    def step() -> None:
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        rest.param_groups[0]["lr"], newton_schulz.param_groups[0]["lr"] = rate, 0.02 * rate / peak
+        for matrix, weight in zip(flat, inner, strict=True):
+            assert weight.grad is not None
+            matrix.grad = as_matrix(weight.grad)
+        rest.step()
+        newton_schulz.step()
+        with torch.no_grad():
+            for matrix, weight in zip(flat, inner, strict=True):
+                as_matrix(weight).copy_(matrix)
+
+    trainer.optimizer.step = step  # type: ignore[method-assign,assignment]
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """(O, the rest): of a convolution in channels_last, or of live taps (taps, O, C)."""
+    if weight.ndim == 3:
+        return weight.transpose(0, 1).flatten(1) if weight.shape[0] > 1 else weight[0]
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def without_easy_images(trainer: Trainer) -> None:
+    """From three fifths of the steps on, gradients of the harder half of each batch alone; all are still computed."""
+    inner = trainer.compute
+
+    def compute(images: torch.Tensor, labels: torch.Tensor, transforms: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if trainer.step < trainer.steps * EASY_FROM:
+            return inner(images, labels, transforms)
+        trainer.model.eval()
+        with torch.no_grad():
+            values = trainer.normalise(images.float()).contiguous(memory_format=torch.channels_last)
+            losses = functional.cross_entropy(trainer.model(values), labels, reduction="none")
+        trainer.model.train()
+        hard = losses.topk(len(labels) // 2).indices
+        loss, right = inner(images[hard], labels[hard], None if transforms is None else transforms[hard])
+        return loss, 2 * right
+
+    trainer.compute = compute
+
+
+def ways(config: TrainConfig) -> list[Way]:
+    """Each with one thing changed, the preset itself first."""
+    rate = config.learning_rate or 0.1
+    return [
+        Way("the cpu preset"),
+        Way("all taps, as in torchvision", {"live_taps": False}),
+        Way("float32", {"amp": "off"}),
+        Way("float32, all taps", {"amp": "off", "live_taps": False}),
+        Way(
+            "batches of half the size, rate over 1.4",
+            {"batch_size": config.batch_size // 2, "learning_rate": rate / 1.4},
+        ),
+        Way(
+            "batches of twice the size, rate times 1.4",
+            {"batch_size": config.batch_size * 2, "learning_rate": rate * 1.4},
+        ),
+        Way("twice the learning rate", {"learning_rate": rate * 2}),
+        Way("half the learning rate", {"learning_rate": rate / 2}),
+        Way("AdamW, rate 0.003", {"optimizer": "adamw", "learning_rate": 0.003, "weight_decay": 0.02}),
+        Way("Muon, rate 0.02", {}, muon),
+        Way("momentum 0.8", {"momentum": 0.8}),
+        Way("warm-up over 15 %", {"warmup": 0.15}),
+        Way("four times the weight decay", {"weight_decay": config.weight_decay * 4}),
+        Way("no label smoothing", {"label_smoothing": 0.0}),
+        Way("no augmentation", {"augment": False}),
+        Way("twice the augmentation", {"shift": config.shift * 2, "rotation": config.rotation * 2}),
+        Way("averaged weights", {}, averaged_weights),
+        Way("residual blocks begin as the identity", {}, zero_last_gamma),
+        Way("batch statistics with momentum 0.3", {}, faster_statistics),
+        Way("20x20 pixels in the first half", {}, smaller_images_first),
+        Way("the harder half of each batch, late", {}, without_easy_images),
+    ]
+
+
+@contextmanager
+def beginning(way: Way, config: TrainConfig, seed: int, device: torch.device) -> Iterator[tuple[Trainer, Any, Any]]:
+    """(trainer, validation loader, moments) with the way's change made."""
+    files, config = open_files(replace(config, **way.settings, seed=seed), lambda *_: None)
+    loaders = make_loaders(files, config, device)
+    try:
+        torch.manual_seed(seed)
+        model = make_model(files, config, device)
+        trainer = Trainer(model, loaders.train, config, choose_precision(config.amp, device))
+        way.change(trainer)
+        yield trainer, loaders.validation, files.train.moments
+    finally:
+        loaders.close()
+        files.close()
+
+
+def accuracy(way: Way, config: TrainConfig, seed: int, device: torch.device) -> float:
+    with beginning(way, config, seed, device) as (trainer, validation, moments):
+        while trainer.step < trainer.steps:
+            trainer.run_epoch()
+        return evaluate_model(trainer.model, validation, *moments).accuracy
+
+
+def seconds(way: Way, config: TrainConfig, device: torch.device) -> Callable[[], float]:
+    """What measures seconds per image, over some steps from different parts of a run."""
+
+    def measure() -> float:
+        with beginning(way, config, 0, device) as (trainer, _, _):
+            size, taken, images = trainer.loader.batch_size, 0.0, 0
+            transforms = trainer.transforms(0)
+            batches = iter(trainer.loader)
+            trainer.model.train()
+            each = max(1, TIMED_IMAGES // 4 // size)
+            for part in (0.0, 0.2, 0.55, 0.9):
+                trainer.step = int(part * trainer.steps)
+                for at in range(each + 1):
+                    images_, labels = next(batches)
+                    moves = None if transforms is None else transforms[: len(labels)]
+                    begun = time.perf_counter()
+                    trainer.train_step((images_, labels), moves, 0)
+                    trainer.synchronize()
+                    if at:  # the first step of a part warms up
+                        taken += time.perf_counter() - begun
+                        images += size
+            return taken / images
+
+    return measure
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", type=Path, help="Markdown file for the table")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    with tempfile.TemporaryDirectory() as cache:
+        where = {"dataset": "mnist", "data_dir": str(options.data_dir), "cache_dir": cache, "device": str(device)}
+        config = preset_config(options.preset, **where, log_every=2**31)
+        some = ways(config)
+        timed = in_turns({way.name: seconds(way, config, device) for way in some}, options.turns)
+        rows: list[dict[str, Any]] = []
+        for way in some:
+            found = [accuracy(way, config, seed, device) for seed in range(options.seeds)]
+            rows.append(
+                {
+                    "name": way.name,
+                    "settings": way.settings,
+                    "n": len(found),
+                    "val_accuracy_mean": statistics.fmean(found),
+                    "val_accuracy_stdev": statistics.stdev(found) if len(found) > 1 else 0.0,
+                    "val_accuracies": found,
+                    "seconds_over_preset": ratios(timed[way.name], timed[some[0].name]).to_dict(),
+                }
+            )
+            print(
+                f"{rows[-1]['val_accuracy_mean']:.3%}  {rows[-1]['seconds_over_preset']['median']:.2f}  {way.name}",
+                flush=True,
+            )
+    result = {"preset": options.preset, "config": config.to_dict(), "rows": rows, **origin(device)}
+    if options.output is not None:
+        write_bytes(options.output, (json.dumps(result, indent=2) + "\n").encode())
+    if options.table is not None:
+        write_bytes(options.table, table(result).encode())
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown, with where they come from."""
+    rows = result["rows"]
+    seeds, turns = rows[0]["n"], rows[0]["seconds_over_preset"]["n"]
+    lines = [
+        "# What each way to train faster is worth",
+        "",
+        f"Each row changes one thing in the `{result['preset']}` preset. Accuracy: on 5,000 held-out images, mean",
+        f"and standard deviation of {seeds} seeds. Seconds: per image of a training step, over the preset's,",
+        f"median and interval of {turns} turns. {describe_hardware(result['hardware'])}, torch",
+        f"{result['versions']['torch']}, {result['date'][:10]}; made by `python benchmarks/ablation.py`.",
+        "",
+        "| changed | accuracy | seconds over the preset's |",
+        "| --- | ---: | ---: |",
+    ]
+    for row in rows:
+        took = row["seconds_over_preset"]
+        spread = "" if row is rows[0] else f" ({took['low']:.2f} to {took['high']:.2f})"
+        lines.append(
+            f"| {row['name']} | {row['val_accuracy_mean']:.2%} ± {100 * row['val_accuracy_stdev']:.2f} | "
+            f"{took['median']:.2f}{spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

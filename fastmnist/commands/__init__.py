@@ -1,0 +1,1 @@
+"""The subcommands: parse, call, print. Nothing heavy is imported before one of them runs."""
