@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SLUG = "fastmnist/fastmnist"  # of the repository: README's badge and the notebook name it too
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "fastmnist/__init__.py").read_text(), re.M)
 assert VERSION is not None
@@ -13,7 +14,9 @@ TENSORBOARD = ["tensorboard>=2.15"]
 FFCV = ["ffcv>=1.0.2"]  # needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config first
 PEERS = ["datasets>=5.1", "webdataset>=1.0.2", "litdata>=0.2.70", "grain>=0.2.13", "tensordict>=0.6"]
 PEERS_STREAMING = ["mosaicml-streaming>=0.13"]  # wants numpy < 2.2 and an older datasets: an environment of its own
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", *TENSORBOARD]
+NOTEBOOK = ["ipykernel>=6", "ipython>=8", "nbclient>=0.9", "nbconvert>=7"]
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.17"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "selenium>=4.15", *EXPORT, *NOTEBOOK, *TENSORBOARD]
 
 setup(
     name="fastmnist",
@@ -21,6 +24,7 @@ setup(
     description="MNIST compiled to a memory-mapped file, loaded at the memory's speed, trained in minutes",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    url=f"https://github.com/{SLUG}",
     license="GPL-3.0-only",
     python_requires=">=3.10",
     packages=find_packages(include=["fastmnist", "fastmnist.*"]),
@@ -50,7 +54,8 @@ setup(
         "peers": PEERS,
         "peers-streaming": PEERS_STREAMING,
         "tensorboard": TENSORBOARD,
-        "notebook": ["jupyterlab>=4"],
+        "export": EXPORT,
+        "notebook": NOTEBOOK,
         "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML"],
     },
 )

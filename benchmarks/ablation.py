@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import arguments
 from torch import nn
@@ -55,6 +56,21 @@ def zero_last_gamma(trainer: Trainer) -> None:
     for name, module in trainer.model.named_modules():
         if name.endswith("bn2") and isinstance(module, nn.BatchNorm2d):
             nn.init.zeros_(module.weight)
+
+
+def whitened_stem(trainer: Trainer) -> None:
+    """The first layer begins with the principal directions of image patches, scaled to unit variance, both signs.
+
+    K. Jordan, "94 % on CIFAR-10 in 3.29 seconds on a single GPU", 2024, 3.1; with 7x7 patches there are 49 directions,
+    of which the 32 with the largest variance are taken.
+    """
+    convolution = trainer.model.get_submodule("conv1")
+    images = trainer.normalise(torch.from_numpy(trainer.loader.file.images(np.arange(2000))).permute(0, 3, 1, 2))
+    patches = functional.unfold(images, 7, padding=3, stride=2).transpose(1, 2).flatten(0, 1)  # (n, 49)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.T))
+    filters = (directions / (variances + 5e-4).sqrt()).T.flip(0)[:32].view(32, 1, 7, 7)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.cat([filters, -filters]))
 
 
 def faster_statistics(trainer: Trainer) -> None:
@@ -101,7 +117,7 @@ def muon(trainer: Trainer) -> None:
     named = list(trainer.model.named_parameters())
     inner = [weight for name, weight in named if weight.ndim > 1 and name not in ("conv1.weight", "fc.weight")]
     chosen = {id(weight) for weight in inner}
-    flat = [nn.Parameter(as_matrix(weight.detach()).contiguous()) for weight in inner]
+    flat = [nn.Parameter(as_matrix(weight.detach()).clone()) for weight in inner]
     newton_schulz = torch.optim.Muon(flat, lr=0.02, momentum=0.9, weight_decay=0.0)
     rest = torch.optim.SGD(
         [weight for _, weight in named if id(weight) not in chosen],
@@ -122,16 +138,23 @@ def muon(trainer: Trainer) -> None:
         newton_schulz.step()
         with torch.no_grad():
             for matrix, weight in zip(flat, inner, strict=True):
-                as_matrix(weight).copy_(matrix)
+                write_back(matrix, weight)
 
     trainer.optimizer.step = step  # type: ignore[method-assign,assignment]
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     """(O, the rest): of a convolution in channels_last, or of live taps (taps, O, C)."""
+    return (weight.transpose(0, 1) if weight.ndim == 3 else weight.permute(0, 2, 3, 1)).flatten(1)
+
+
+def write_back(matrix: torch.Tensor, weight: torch.Tensor) -> None:
     if weight.ndim == 3:
-        return weight.transpose(0, 1).flatten(1) if weight.shape[0] > 1 else weight[0]
-    return weight.permute(0, 2, 3, 1).flatten(1)
+        taps, out, channels = weight.shape
+        weight.copy_(matrix.view(out, taps, channels).transpose(0, 1))
+    else:
+        out, channels, height, width = weight.shape
+        weight.copy_(matrix.view(out, height, width, channels).permute(0, 3, 1, 2))
 
 
 def without_easy_images(trainer: Trainer) -> None:
@@ -142,9 +165,10 @@ def without_easy_images(trainer: Trainer) -> None:
         if trainer.step < trainer.steps * EASY_FROM:
             return inner(images, labels, transforms)
         trainer.model.eval()
-        with torch.no_grad():
+        amp = trainer.precision.amp
+        with torch.no_grad(), torch.autocast(trainer.device.type, amp or torch.bfloat16, enabled=amp is not None):
             values = trainer.normalise(images.float()).contiguous(memory_format=torch.channels_last)
-            losses = functional.cross_entropy(trainer.model(values), labels, reduction="none")
+            losses = functional.cross_entropy(trainer.model(values).float(), labels, reduction="none")
         trainer.model.train()
         hard = losses.topk(len(labels) // 2).indices
         loss, right = inner(images[hard], labels[hard], None if transforms is None else transforms[hard])
@@ -181,6 +205,7 @@ def ways(config: TrainConfig) -> list[Way]:
         Way("twice the augmentation", {"shift": config.shift * 2, "rotation": config.rotation * 2}),
         Way("averaged weights", {}, averaged_weights),
         Way("residual blocks begin as the identity", {}, zero_last_gamma),
+        Way("first layer begins whitened", {}, whitened_stem),
         Way("batch statistics with momentum 0.3", {}, faster_statistics),
         Way("20x20 pixels in the first half", {}, smaller_images_first),
         Way("the harder half of each batch, late", {}, without_easy_images),
@@ -268,7 +293,7 @@ def main() -> None:
                 f"{rows[-1]['val_accuracy_mean']:.3%}  {rows[-1]['seconds_over_preset']['median']:.2f}  {way.name}",
                 flush=True,
             )
-    result = {"preset": options.preset, "config": config.to_dict(), "rows": rows, **origin(device)}
+    result = {"preset": options.preset, "config": config.recipe(), "rows": rows, **origin(device)}
     if options.output is not None:
         write_bytes(options.output, (json.dumps(result, indent=2) + "\n").encode())
     if options.table is not None:

@@ -12,6 +12,8 @@ Two cores stand for Colab's. Parts, each begun only while its time is left, the 
 - live taps: the step with and without them, in turn.
 - loading: the step with the Loader over the step on one fixed batch, and how busy the GPU is (torch's profiler).
 - augmentation: what `train` draws per epoch, on the host.
+- loader: benchmarks/loader_gpu.py: the Loader's share of a step per placement, and copies to the device.
+- bench: `fastmnist bench --quick`.
 
 --dry runs all of it at toy size, on a CPU too: it shows that it works, and its figures mean nothing.
 """
@@ -101,7 +103,7 @@ class Suite:
 
 def presets(suite: Suite) -> dict[str, Any]:
     found = {}
-    for name, seeds, seconds in (("fast99", 20, 40), ("fast995", 20, 60), ("accurate", 20, 170)):
+    for name, seeds, seconds in (("fast99", 20, 30), ("fast995", 20, 40), ("accurate", 20, 110)):
         config = suite.config(name)
         result = speedrun(config, 1, preset=name, curve=False).to_dict()  # also says how long a seed takes
         each = sum(result["runs"][0][f"{clock}_seconds"] for clock in ("data", "train", "evaluate"))
@@ -203,7 +205,8 @@ def steps(suite: Suite) -> dict[str, Any]:
             model(torch.zeros(2, 1, 28, 28)).sum().backward()
         flops = counter.get_total_flops() / 2  # per image, forward and backward, of the whole network
         for batch_size in (64,) if suite.dry else (128, 512, 1024):
-            for mode in ("off",) if suite.dry else MODES:
+            some = ("off",) if suite.dry else MODES if batch_size == 512 else MODES[:2]  # compiling takes half a minute
+            for mode in some:
                 with training(suite.config(stem=stem, batch_size=batch_size, compile=mode), suite.device) as trainer:
                     begun = time.perf_counter()
                     set_up_compile(trainer, mode)
@@ -279,6 +282,25 @@ def augmentation(suite: Suite) -> dict[str, Any]:
         return {"seconds_per_epoch": summarise(values), "images": len(trainer.loader.indices)}
 
 
+def loader(suite: Suite) -> Any:
+    toy = ["--steps", "1", "--repeats", "1"] if suite.dry else []
+    script = Path(__file__).with_name("loader_gpu.py")
+    return another(suite, [str(script), *toy], "--output")
+
+
+def bench(suite: Suite) -> Any:
+    out = ["--out", str(suite.cache / "bench"), *(["--only", "fastmnist.Loader"] if suite.dry else [])]
+    return another(suite, ["-m", "fastmnist", "bench", "--quick", "--dataset", "mnist", *out], "--json")
+
+
+def another(suite: Suite, program: list[str], writes: str) -> Any:
+    """What another program of the project writes as JSON."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        where = ["--data-dir", suite.data_dir, "--device", str(suite.device), writes, file.name]
+        subprocess.run([sys.executable, *program, *where], check=True, timeout=180, stdout=subprocess.DEVNULL)
+        return json.loads(Path(file.name).read_text())
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="auto")
@@ -295,6 +317,8 @@ def main() -> None:
         suite.part("loading", 30, loading)
         suite.part("live taps", 15, live)
         suite.part("augmentation", 5, augmentation)
+        suite.part("loader", 40, loader)
+        suite.part("bench", 40, bench)
         suite.part("steps", 60, steps)
         print(table(suite.found))
         failed = [name for name, part in suite.found.items() if "error" in part]

@@ -17,6 +17,8 @@ _HOMES = {
     "compile_dataset": "fastmnist.data.prepare",
     "doctor": "fastmnist.measure.doctor",
     "evaluate": "fastmnist.inference",
+    "export": "fastmnist.export",
+    "ladder": "fastmnist.ladder",
     "predict": "fastmnist.inference",
     "preset_config": "fastmnist.presets",
     "resume": "fastmnist.run",

@@ -38,10 +38,13 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
     "train": (runs.describe_train, runs.train_command),
     "evaluate": (runs.describe_evaluate, runs.evaluate_command),
     "predict": (runs.describe_predict, runs.predict_command),
+    "demo": (runs.describe_demo, runs.demo_command),
+    "export": (runs.describe_export, runs.export_command),
     "bench": (measure.describe_bench, measure.bench_command),
     "doctor": (measure.describe_doctor, measure.doctor_command),
     "tune": (measure.describe_tune, measure.tune_command),
     "speedrun": (measure.describe_speedrun, measure.speedrun_command),
+    "ladder": (measure.describe_ladder, measure.ladder_command),
 }
 
 

@@ -93,6 +93,9 @@ class ModelConfig:
     stem: Stem = "imagenet"
     """First layer of resnet18: 7x7 stride 2 and max-pool, 3x3 stride 2, or 3x3 stride 1 (more accurate, slower)."""
 
+    channels_last: bool = True
+    """Weights and images in channels_last memory, which tensor cores and oneDNN prefer, or in torch's own layout."""
+
     live_taps: bool = True
     """Train resnet18 without those weights that only ever meet padding on images of this size: the same function."""
 
@@ -154,8 +157,8 @@ class RunConfig:
     compile: Compile = "auto"
     """A mode of torch.compile, or graph: the whole step as one CUDA graph. auto weighs the cost against the gain."""
 
-    log_every: int = 50
-    """Steps between two lines in metrics.jsonl."""
+    log_every: Optional[int] = None
+    """Steps between two lines in metrics.jsonl; by default 50, fewer in a short run."""
 
     out: Optional[str] = None
     """The run's folder, which must be new or empty; by default runs/<date>-<dataset>-<n>."""
@@ -209,6 +212,13 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def recipe(self) -> dict[str, Any]:
+        """All settings but the folders of this machine: what a result says that it was made with."""
+        return {name: value for name, value in self.to_dict().items() if name not in FOLDERS}
+
+
+FOLDERS = ("data_dir", "cache_dir", "out")  # of one machine: no part of what was measured
 
 
 def flag(name: str) -> str:

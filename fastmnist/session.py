@@ -131,7 +131,7 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
 
 
 def make_model(files: RunFiles, config: TrainConfig, device: torch.device) -> nn.Module:
-    """A model with fresh weights for these files, as it is trained: on `device`, in channels_last, with live taps."""
+    """A model with fresh weights for these files, as it is trained: on `device`, in its layout, with live taps."""
     height, width, channels = files.train.image_shape
     model = build_model(
         config.model,
@@ -140,7 +140,8 @@ def make_model(files: RunFiles, config: TrainConfig, device: torch.device) -> nn
         in_channels=channels,
         image_size=(height, width),
     )
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if config.live_taps and config.model == "resnet18":
         use_live_taps(model, (height, width, channels))
     return model

@@ -181,7 +181,7 @@ class _Session:
             "steps": self.trainer.steps,
             "train_images": len(self.trainer.loader.indices),
             "test_images": len(self.files.test),
-            "config": self.config.to_dict(),
+            "config": self.config.recipe(),
         }
 
     def repeat(

@@ -1,7 +1,7 @@
 """What the tests share: isolation from the user's files, optional parts that are skipped or required, small data.
 
 FASTMNIST_DATA names the folder with the real MNIST IDX files. FASTMNIST_REQUIRE is a comma-separated list of optional
-parts ("mnist", "ffcv", "gpu"): a test that needs one of them then fails where it would be skipped.
+parts ("mnist", "ffcv", "gpu", "peers", "browser"): a test that needs one of them then fails where it would be skipped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import gzip
 import importlib
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -61,6 +62,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch = importlib.import_module("torch")
         if not torch.cuda.is_available():
             skip_or_fail("gpu", "PyTorch finds no CUDA device here")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        skip_or_fail("browser", "chromium and chromedriver are not here: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=str(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session", autouse=True)

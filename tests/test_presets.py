@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from fastmnist import cli
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
 from fastmnist.presets import PRESETS, choose_preset, preset_config
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -32,12 +35,28 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_settings_that_exist_and_say_what_they_reach(name: str) -> None:
+def test_settings_that_exist(name: str) -> None:
     settings = PRESETS[name]()
     assert settings
     config = preset_config(name)
     assert {key: getattr(config, key) for key in settings} == settings
-    assert "fastmnist speedrun" in str(PRESETS[name].__doc__)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_it_says_was_measured(name: str) -> None:
+    """Its figures are those of the committed run, or it says that there is none."""
+    said = " ".join(str(PRESETS[name].__doc__).split())
+    file = RESULTS / f"speedrun_{name}.json"
+    assert f"fastmnist speedrun --preset {name}" in said
+    if not file.exists():
+        assert "Not timed" in said
+        return
+    found = json.loads(file.read_text())
+    assert {key: found["config"][key] for key in PRESETS[name]()} == PRESETS[name]()
+    assert f"{100 * found['test_accuracy_mean']:.2f} % ± {100 * found['test_accuracy_stdev']:.2f}" in said
+    assert f"{found['train_seconds_mean']:.1f} s ± {found['train_seconds_stdev']:.1f}" in said
+    assert f"n={found['n']}" in said
+    assert found["hardware"]["processor"] in said
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,76 @@
-"""README's figures are those of the files that it names."""
+"""README's figures, and those of the pages under docs/, are those of the files that they name."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from fastmnist.report.table import markdown
+from fastmnist.cli import build_parser
+from fastmnist.report.table import markdown, time_table
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_table_is_that_of_the_last_run() -> None:
     """Made by `fastmnist bench`; see benchmarks/results/README.md."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     shown = text.partition("<!-- bench -->\n")[2].partition("<!-- /bench -->")[0]
     assert shown == markdown(json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"])
 
 
-@pytest.mark.parametrize("name", ["bench.png", "bench.svg", "bench.md"])
+def test_the_seconds_are_those_of_the_last_run() -> None:
+    """Made by benchmarks/time_to_accuracy.py; of three sides, the first one is the preset."""
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- time -->\n")[2].partition("<!-- /time -->")[0]
+    rows = json.loads((ROOT / "benchmarks/results/time_to_accuracy.json").read_text())["rows"]
+    assert shown == time_table(rows)
+    assert [row["over_preset"]["median"] >= 1 for row in rows] == [True] * 3
+
+
+def test_the_table_of_ways_is_that_of_the_last_run() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/ablation.json").read_text())["rows"]
+    lines = (ROOT / "docs/ablation.md").read_text().splitlines()[-len(rows) :]
+    for row, line in zip(rows, lines, strict=True):
+        assert line.startswith(f"| {row['name']} | {row['val_accuracy_mean']:.2%}")
+
+
+@pytest.mark.parametrize("name", ["bench.png", "bench.svg", "bench.md", "speedrun_cpu.png"])
 def test_what_comes_with_it_is_there(name: str) -> None:
     assert (ROOT / "benchmarks" / "results" / name).stat().st_size > 100
+
+
+def commands() -> list[str]:
+    """The lines of README and docs/ that call fastmnist, without what is said about them."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lines = [line for page in pages for line in page.read_text().splitlines() if line.startswith("    fastmnist ")]
+    return [line.partition(" #")[0].strip() for line in lines]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_line_takes_what_the_pages_say(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("epochs: 2\n")
+    words = [str(file) if word.endswith("config.yaml") else word for word in shlex.split(command)]
+    build_parser().parse_args(words[1:])
+
+
+def test_there_are_commands() -> None:
+    assert {command.split()[1] for command in commands()} >= {"train", "bench", "tune", "doctor", "ladder", "demo"}
+
+
+def test_readme_s_loader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(code) == 1
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(code[0], found)
+    assert tuple(found["images"].shape) == (157, 1, 28, 28)  # type: ignore[attr-defined]  # 1,437 = 5 x 256 + 157
+    found["loader"].close()  # type: ignore[attr-defined]
+
+
+def test_every_page_that_is_named_is_there() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)

@@ -383,3 +383,22 @@ def test_pictures_of_digits_are_recognised(settings: dict, tmp_path: Path, capsy
     content = json.loads((tmp_path / "e.json").read_text())
     assert content["test_accuracy"] == pytest.approx(result.summary["test_accuracy"])
     assert sum(map(sum, content["confusion"])) == content["test_images"] == 360
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_in_a_browser(settings: dict, browser, scheme: str) -> None:
+    """Every picture is drawn, nothing is asked of the network, and the console stays empty; on a phone's width too."""
+    report = train(TrainConfig(**settings)).folder / "report.html"
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    for width in (1200, 390):
+        browser.set_window_size(width, 900)
+        browser.get(report.as_uri())
+        drawn = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth)")
+        assert len(drawn) == 3
+        assert min(drawn) > 100
+        asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert not [name for name in asked if not name.startswith("data:")]
+        assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+        assert browser.get_log("browser") == []

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import jsonargparse
 
-from fastmnist.config import GROUPS, TrainConfig, flag
+from fastmnist.config import FOLDERS, GROUPS, TrainConfig, flag
 from fastmnist.errors import ConfigError
 
 LONGEST_ERROR = 400  # characters; a file that is no configuration is quoted whole otherwise
@@ -81,6 +81,25 @@ def add_run_flags(parser: Parser, loader: str | None = None) -> None:
 def run_settings(options: Any) -> dict[str, Any]:
     """Those of a run that flags or a file name; defaults are not among them."""
     return {name: value for name, value in options.given().items() if name in TrainConfig.__dataclass_fields__}
+
+
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """The command line for a result that others read: without where it was run and what it wrote.
+
+    >>> without_folders(["speedrun", "--out", "here", "--seeds", "5", "--data-dir=there"])
+    ['speedrun', '--seeds', '5']
+    """
+    names = {*(flag(name) for name in FOLDERS), "--json"}
+    kept: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip:
+            skip = False
+        elif word in names:
+            skip = True
+        elif word.partition("=")[0] not in names:
+            kept.append(word)
+    return kept
 
 
 def config_of(options: Any) -> tuple[TrainConfig, str]:

@@ -171,3 +171,53 @@ def predict_command(options: Any) -> int:
         [{"path": str(p.path), "label": p.label, "probabilities": dict(p.ranked())} for p in predictions],
     )
     return 0
+
+
+def describe_export() -> Parser:
+    parser = new_parser("Export a run's model: ONNX, TorchScript or weights, checked against the original.")
+    parser.add_argument("run", type=str, help="The run's folder.")
+    parser.add_argument("--format", type=str, default="onnx", help="onnx, torchscript or safetensors.")
+    parser.add_argument("--output", type=Optional[str], metavar="FILE", help="File to write; by default in the run.")
+    add_data_flags(parser, dataset=False)
+    return parser
+
+
+def export_command(options: Any) -> int:
+    from fastmnist.export import export
+
+    found = export(options.run, options.format, options.output, data_dir=options.data_dir)
+    print(
+        f"{found.path}: {found.format}, the same predictions as the original on {found.images:,} test images "
+        f"(test accuracy {found.test_accuracy:.2%}), logits within {found.largest_difference:.1g}"
+    )
+    write_json(options.json, found.to_dict())
+    return 0
+
+
+def describe_demo() -> Parser:
+    parser = new_parser(
+        "Draw a digit on a page of this machine and see what a run's model makes of it.", writes_json=False
+    )
+    parser.add_argument("run", type=Optional[str], nargs="?", help="The run's folder; by default the newest in runs/.")
+    parser.add_argument("--port", type=int, default=0, help="Of 127.0.0.1; by default a free one.")
+    parser.add_argument("--browser", type=bool, default=True, help="Open the page in the browser.")
+    return parser
+
+
+def demo_command(options: Any) -> int:
+    import webbrowser
+    from pathlib import Path
+    from threading import Event
+
+    from fastmnist.demo import latest_run, serving
+
+    run = Path(options.run) if options.run is not None else latest_run()
+    with serving(run, options.port) as address:
+        print(f"{run} reads what you draw on {address} (Ctrl-C ends it)", flush=True)
+        if options.browser:
+            webbrowser.open(address)
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
+            print()
+    return 0

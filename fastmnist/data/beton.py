@@ -55,7 +55,8 @@ class Beton:
         image_shape: (H, W, C).
         descriptor: of the open file, for reads that pass by the map.
         image_field, label_field: the fields' names, which FFCV's pipelines ask for.
-        integrity: what our own writer added; None for a file that FFCV wrote.
+        integrity: what our own writer added, of integrity_size bytes; None for a file that FFCV wrote.
+        head_size, data_start, table_start: where header and metadata end, and where pages and allocation table begin.
 
     Raises:
         DataError: missing, unreadable, cut short, damaged, or of a layout other than the above.
@@ -97,12 +98,12 @@ class Beton:
         fields = self._take(file, FIELD, num_fields, "the field descriptors")
         row, self.image_field, self.label_field = self._understand(fields)
         samples = self._take(file, row, self.num_samples, "the metadata")
-        self._head_size = file.tell()
-        self._table_start = table
+        self.head_size = file.tell()
+        self.table_start = table
         self.labels = samples["label"].astype(np.int64)
         self.offsets = samples["image"].astype(np.int64)
         self.integrity = self._read_integrity(file, fields)
-        first = self.integrity.data_start if self.integrity else self._head_size
+        self.data_start = first = self.integrity.data_start if self.integrity else self.head_size
         last = table - self.image_size
         outside = np.flatnonzero((self.offsets < first) | (self.offsets > last))
         if len(outside):
@@ -201,13 +202,14 @@ class Beton:
         if marker["magic"] != INTEGRITY_MAGIC:
             raise damaged(self.path, "the label field's description holds bytes that no writer puts there")
         offset, size = int(marker["offset"]), int(marker["size"])
-        if offset != self._head_size or offset + size > self.file_size:
+        if offset != self.head_size or offset + size > self.file_size:
             raise damaged(self.path, f"its integrity block is said to be at bytes {offset} to {offset + size}")
         self._integrity_end = offset + size
+        self.integrity_size = size
         block = Integrity.unpack(file.read(size), self.path)
         if block.file_size != self.file_size:
             raise damaged(self.path, f"it has {self.file_size:,} bytes where {block.file_size:,} were written")
-        if block.data_start + len(block.page_checksums) * self.page_size != self._table_start:
+        if block.data_start + len(block.page_checksums) * self.page_size != self.table_start:
             raise damaged(self.path, "its pages and its allocation table do not meet")
         if len(block.mean) != self.image_shape[2]:
             raise damaged(self.path, f"it has statistics of {len(block.mean)} channels")
@@ -232,17 +234,17 @@ class Beton:
         """
         self.check_unchanged()
         data = self.data
-        table = data[self._table_start :].view(ALLOCATION)
+        table = data[self.table_start :].view(ALLOCATION)
         block = self.integrity
         if block is not None:
-            self._compare("header and metadata", data[: self._head_size], block.head_checksum)
+            self._compare("header and metadata", data[: self.head_size], block.head_checksum)
             if data[self._integrity_end : block.data_start].any():
                 raise damaged(self.path, "the gap before its first page is not empty")
-            pages = data[block.data_start : self._table_start].reshape(-1, self.page_size)
+            pages = data[block.data_start : self.table_start].reshape(-1, self.page_size)
             for number, (page, checksum) in enumerate(zip(pages, block.page_checksums, strict=True)):
                 start = block.data_start + number * self.page_size
                 self._compare(f"page {number} (from byte {start:,})", page, int(checksum))
-            self._compare("allocation table", data[self._table_start :], block.table_checksum)
+            self._compare("allocation table", data[self.table_start :], block.table_checksum)
         wrong_size = bool((table["size"] != self.image_size).any())
         if wrong_size or not np.array_equal(np.sort(table["ptr"].astype(np.int64)), np.sort(self.offsets)):
             raise damaged(self.path, "its allocation table and its metadata name different places")
@@ -276,7 +278,7 @@ class Beton:
     @cached_property
     def fingerprint(self) -> str:
         """Tells this file's content from another's: for our files over all bytes, for FFCV's over labels and size."""
-        checksum = zlib.crc32(self.integrity.pack() if self.integrity else self.data[: self._head_size].tobytes())
+        checksum = zlib.crc32(self.integrity.pack() if self.integrity else self.data[: self.head_size].tobytes())
         return f"{self.file_size}-{checksum:08x}"
 
     def images(self, indices: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
             axes.annotate(
                 f"seed {runs[0]['seed']} on its way, the clock stopped at each point",
                 (x[len(x) // 2], max(y[len(x) // 2], least)),
-                xytext=(8, 8),
+                xytext=(10, -12),
                 textcoords="offset points",
                 color=TRAIN,
             )
@@ -50,19 +50,19 @@ def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
         axes.axhline(mean, color=VALIDATION, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         count = "1 seed" if len(runs) == 1 else f"all {len(runs)} seeds"
         axes.annotate(
-            f"{count} at the end, mean {1 - mean:.2%}",
+            f"{count} at the end, mean {_percent(1 - mean)}",
             (0, mean),
-            xytext=(6, -13),
+            xytext=(6, 5),
             textcoords="offset points",
             color=VALIDATION,
         )
         every = [*wrong, *(share for _, share in way)]
         low, high = max(min(every), least) * 0.6, max(every) * 1.3
         axes.set_yscale("log")
-        axes.set_ylim(low, high)
+        axes.set_ylim(high, low)  # accuracy grows upwards
         axes.set_xlim(0, max([*seconds, *(at for at, _ in way)]) * 1.06)
         shown = [share for share in GRID if low <= share <= high]
-        axes.set_yticks(shown, [f"{1 - share:.2%}" for share in shown])
+        axes.set_yticks(shown, [f"{100 * (1 - share):g} %" for share in shown])
         axes.set_yticks([], minor=True)
         axes.set_xlabel("seconds of training (loading, augmentation and steps; without set-up and evaluation)")
         axes.set_ylabel("accuracy on the test set", color=INK)
@@ -73,9 +73,13 @@ def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 def _heading(found: Mapping[str, Any]) -> str:
     return (
-        f"{found['test_accuracy_mean']:.2%} on {found['dataset']} after "
+        f"{_percent(found['test_accuracy_mean'])} test accuracy on {found['dataset']} after "
         f"{_seconds(found['train_seconds_mean'])} of training"
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def _seconds(value: float) -> str:

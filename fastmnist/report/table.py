@@ -131,3 +131,30 @@ def search_table(found: Mapping[str, Any]) -> Table:
             style="bold" if line["chosen"] else None,
         )
     return table
+
+
+def time_table(rows: Sequence[Row]) -> str:
+    """The rows of benchmarks/time_to_accuracy.py as Markdown."""
+    lines = [
+        "| trained by | seeds | seconds of training | times the preset's | test accuracy |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for found in rows:
+        took = f"{found['median']:.3g} ({found['low']:.3g} to {found['high']:.3g})"
+        over = found["over_preset"]
+        times = (
+            "1"
+            if over["low"] == over["high"] == 1
+            else f"{over['median']:.2g} ({over['low']:.2g} to {over['high']:.2g})"
+        )
+        accuracies = [run["test_accuracy"] for run in found["runs"]]
+        spread = f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}"
+        n = found["n"]
+        lines.append(f"| {found['name']} | {n} | {took} | {times} | {found['test_accuracy_mean']:.2%} ({spread}) |")
+    first = rows[0]
+    lines += [
+        "",
+        f"Seconds: medians with their range; accuracies: means with theirs. "
+        f"{describe_hardware(first['hardware'])}; torch {first['versions']['torch']}; {first['date'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"

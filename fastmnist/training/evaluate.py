@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 from torch import nn
 from torch.nn import functional
@@ -85,6 +86,12 @@ def evaluate_model(
         probabilities=all_logits.softmax(1).cpu().numpy(),
         loss=float(functional.cross_entropy(all_logits, all_labels)),
     )
+
+
+def accuracy_interval(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """What the accuracy on all images of that kind may be, when `right` of `count` were (E. B. Wilson, 1927)."""
+    interval = binomtest(right, count).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _over_shifts(model: nn.Module, normalise: Normaliser, images: torch.Tensor) -> torch.Tensor:

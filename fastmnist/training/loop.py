@@ -20,6 +20,7 @@ from fastmnist.training.precision import Precision
 
 Record = dict[str, Any]
 DEFAULT_RATES = {"sgd": 0.1, "adamw": 0.003}
+LOG_EVERY, LEAST_LINES = 50, 30  # steps between two looks at the loss; looks in a run, unless it is shorter
 FIRST_RATE, LAST_RATE = 25.0, 1e4  # the peak rate over the first, and the first over the last one
 
 
@@ -59,6 +60,7 @@ class Trainer:
         assert config.epochs is not None
         self.model, self.loader, self.config, self.precision = model, loader, config, precision
         self.device = loader.device
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.steps = max(1, round(len(loader) * config.epochs))
         self.normalise = Normaliser(*loader.file.moments, self.device)
         on_device = config.augment and loader.dtype == torch.uint8
@@ -66,6 +68,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
+        self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
         self.rates = one_cycle(self.steps, peak, config.warmup)
         self.compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.forward
         self.graph: StepGraph | None = None
@@ -105,7 +108,8 @@ class Trainer:
             values = warp_on_device(values, transforms)
         if images.dtype == torch.uint8:
             values = self.normalise(values)
-        values = values.to(memory_format=torch.channels_last)
+        # A map of one channel is laid out both ways: a copy says which one is meant.
+        values = values.clone(memory_format=self.layout)
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
             logits = self.model(values)
@@ -251,7 +255,7 @@ class Trainer:
             part = None if transforms is None else transforms[at * size : (at + 1) * size]
             self.train_step(batch, part, at)
             done = at + 1
-            if done % self.config.log_every == 0 or done == batches:
+            if done % self.log_every == 0 or done == batches:
                 self.seconds = before + time.perf_counter() - begun
                 on_log(self._record(epoch, logged, done))
                 logged = done

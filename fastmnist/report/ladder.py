@@ -1,0 +1,113 @@
+"""The ladder as a table and as a picture: what each rung does to the seconds of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastmnist.measure.environment import describe_hardware
+from fastmnist.report.style import INK, QUIET, RULE, TRAIN, VALIDATION, page, save, styled
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+HEADINGS = ("rung", "images/s", "seconds per epoch", "over the rung below", "test accuracy", "set-up")
+LEFT, RIGHT, BAR, BELOW = 2.3, 1.5, 0.42, 0.6  # inches
+NOTE = {"none": "no difference here", "slower": "slower here"}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """As HEADINGS name them; a rung that was not measured says why."""
+    if "left_out" in row:
+        return (row["name"], "", "", f"left out: {row['left_out']}", "", "")
+    if "error" in row:
+        return (row["name"], "", "", f"failed: {row['error']}", "", "")
+    rate, accuracy = row["images_per_second"], row["test_accuracy"]
+    over = "" if row["over_below"] is None else f"{row['over_below']:.2f}"
+    if row["effect"] in NOTE:
+        over += f" ({NOTE[row['effect']]})"
+    return (
+        row["name"],
+        f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})",
+        f"{row['seconds_per_epoch']:.3g}",
+        over,
+        f"{100 * accuracy['mean']:.2f} % ± {100 * accuracy['stdev']:.2f}",
+        f"{row['compile_seconds']:.1f} s",
+    )
+
+
+def ladder_table(rows: Sequence[Row]) -> Table:
+    from rich.table import Table
+
+    table = Table(*HEADINGS)
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
+
+
+def ladder_markdown(found: Mapping[str, Any]) -> str:
+    """The same for a page, and where it comes from."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | --- | ---: | ---: |"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"]]
+    return "\n".join([*lines, "", f"{_origin(found)}"]) + "\n"
+
+
+def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Draws seconds per epoch, rung under rung; each bar hangs from the one above it.
+
+    Args:
+        found: `Ladder.to_dict()`. paths: to write, .png or .svg.
+
+    Raises:
+        FastmnistError: a file cannot be written.
+    """
+    rows = found["rows"]
+    measured = [row for row in rows if "seconds_per_epoch" in row]
+    longest = max(row["seconds_per_epoch"] for row in measured)
+    heading = _heading(measured)
+    with styled():
+        figure, axes = page(
+            heading, _origin(found), [], left=LEFT, right=RIGHT, height=BAR * len(rows) + 0.2, below=BELOW
+        )
+        before: float | None = None
+        for at, row in enumerate(rows):
+            if "seconds_per_epoch" not in row:
+                text = f"left out: {row['left_out']}" if "left_out" in row else "failed, see the table"
+                axes.text(longest * 0.01, at, text, va="center", fontsize=9, color=QUIET)
+                continue
+            seconds = row["seconds_per_epoch"]
+            axes.barh(at, seconds, height=0.62, color=TRAIN, zorder=2)
+            if before is not None:
+                saved = before - seconds
+                colour = RULE if saved >= 0 else VALIDATION
+                axes.barh(at, abs(saved), left=min(before, seconds), height=0.62, color=colour, zorder=2)
+            label = f"{seconds:.3g} s"
+            if row["effect"] == "faster":
+                label += f", {row['over_below']:.2f} times as fast"
+            elif row["effect"] is not None:
+                label += f", {NOTE[row['effect']]}"
+            axes.text(max(seconds, before or 0) + longest * 0.012, at, label, va="center", fontsize=9, color=INK)
+            before = seconds
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, longest)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"seconds for one epoch of {found['settings']['dataset']}; pale: what the rung saves")
+        for path in paths:
+            save(figure, path, heading)
+
+
+def _heading(measured: Sequence[Row]) -> str:
+    first, last = measured[0]["seconds_per_epoch"], measured[-1]["seconds_per_epoch"]
+    return f"From {first:.3g} s to {last:.3g} s per epoch: {first / last:.2g} times as fast"
+
+
+def _origin(found: Mapping[str, Any]) -> str:
+    settings = found["settings"]
+    seeds = "1 seed" if settings["seeds"] == 1 else f"{settings['seeds']} seeds"
+    return (
+        f"{settings['images']:,} training images per run, medians of {seeds} (accuracy: mean and standard deviation); "
+        f"{describe_hardware(found['hardware'])}; torch {found['versions']['torch']}; {found['date'][:10]}."
+    )

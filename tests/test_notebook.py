@@ -1,0 +1,82 @@
+"""The Colab notebook: it runs from top to bottom, is kept without outputs, and names the right repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "fastmnist_colab.ipynb"
+
+
+def cells() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text())["cells"]
+    return found
+
+
+def test_badge_notebook_and_setup_name_one_repository() -> None:
+    named = re.search(r'^SLUG = "(.+?)"', (ROOT / "setup.py").read_text(), re.M)
+    assert named is not None
+    badge = f"https://colab.research.google.com/github/{named[1]}/blob/main/notebooks/{NOTEBOOK.name}"
+    text = "".join("".join(cell["source"]) for cell in cells())
+    assert badge in text
+    assert badge in (ROOT / "README.md").read_text()
+    assert f'REPOSITORY = "https://github.com/{named[1]}"' in text
+
+
+def test_it_is_kept_without_outputs() -> None:
+    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    assert code
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+
+
+def run(tmp_path: Path, **settings: str) -> dict[int, str]:
+    """What each code cell printed, after the settings at the beginning of a line have been given other values."""
+    import nbformat
+
+    spec = importlib.util.spec_from_file_location("render", ROOT / "notebooks" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    content = nbformat.read(NOTEBOOK, as_version=4)
+    for name, value in settings.items():
+        changed = 0
+        for cell in content.cells:
+            cell.source, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", cell.source, flags=re.M)
+            changed += count
+        assert changed == 1, name
+    path = tmp_path / NOTEBOOK.name
+    nbformat.write(content, path)
+    done = render.execute(path)
+    return {
+        number: "".join(output.get("text", "") for output in cell.outputs)
+        for number, cell in enumerate(done.cells)
+        if cell.cell_type == "code"
+    }
+
+
+@pytest.mark.slow
+def test_it_runs_on_the_embedded_digits(tmp_path: Path) -> None:
+    printed = "\n".join(run(tmp_path, DATASET='"digits"').values())
+    assert "digits: 1,437 training and 360 test images" in printed
+    accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9
+    assert "95 % interval" in printed
+    assert "http://127.0.0.1:" in printed
+
+
+@pytest.mark.slow
+def test_it_runs_on_mnist(mnist_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMNIST_DATA", str(mnist_folder))
+    printed = "\n".join(run(tmp_path).values())
+    assert "mnist: 60,000 training and 10,000 test images" in printed
+    accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.97
