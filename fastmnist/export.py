@@ -149,7 +149,7 @@ def _onnx(whole: Classifier, card: ModelCard, example: torch.Tensor, path: Path)
 
 def _torchscript(whole: Classifier, card: ModelCard, example: torch.Tensor, path: Path) -> Runner:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch advises torch.export; programs in C++ read this
+        warnings.simplefilter("ignore")  # torch advises torch.export; programs in C++ read this
         traced = torch.jit.freeze(torch.jit.trace(whole, example))
         torch.jit.save(traced, str(path), _extra_files={"card.json": json.dumps(asdict(card))})
         return _module(torch.jit.load(str(path)))

@@ -11,14 +11,14 @@ from fastmnist.errors import ConfigError
 # The command line is a contract: a change here breaks somebody's script.
 # fmt: off
 TRAIN_FLAGS = [
-    "--amp", "--augment", "--batch-size", "--batches-ahead", "--cache-dir", "--compile", "--config", "--data-dir",
-    "--dataset", "--debug", "--device", "--epochs", "--images-seen", "--json", "--label-smoothing",
-    "--learning-rate", "--live-taps", "--loader", "--log-every", "--model", "--momentum", "--no-augment",
-    "--no-live-taps", "--no-os-cache", "--no-quiet", "--no-reuse-buffers", "--no-tensorboard", "--optimizer",
-    "--order", "--os-cache", "--out", "--persistent-workers", "--pin-memory", "--placement", "--prefetch",
-    "--prefetch-factor", "--preset", "--quiet", "--resume", "--reuse-buffers", "--rotation", "--scale", "--seed",
-    "--shift", "--stem", "--tensorboard", "--threads", "--tuned-on", "--val-size", "--verify", "--warmup",
-    "--weight-decay", "--workers",
+    "--amp", "--augment", "--batch-size", "--batches-ahead", "--cache-dir", "--channels-last", "--compile",
+    "--config", "--data-dir", "--dataset", "--debug", "--device", "--epochs", "--images-seen", "--json",
+    "--label-smoothing", "--learning-rate", "--live-taps", "--loader", "--log-every", "--model", "--momentum",
+    "--no-augment", "--no-channels-last", "--no-live-taps", "--no-os-cache", "--no-quiet", "--no-reuse-buffers",
+    "--no-tensorboard", "--optimizer", "--order", "--os-cache", "--out", "--persistent-workers", "--pin-memory",
+    "--placement", "--prefetch", "--prefetch-factor", "--preset", "--quiet", "--resume", "--reuse-buffers",
+    "--rotation", "--scale", "--seed", "--shift", "--stem", "--tensorboard", "--threads", "--tuned-on",
+    "--val-size", "--verify", "--warmup", "--weight-decay", "--workers",
 ]
 # fmt: on
 
