@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from fastmnist import run as run_module
 from fastmnist.cli import main
 from fastmnist.config import TrainConfig
 from fastmnist.data.beton import Beton
@@ -21,6 +20,7 @@ from fastmnist.data.prepare import cache_folder, compile_dataset, compiled_path
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference import evaluate, predict
 from fastmnist.run import resume, train
+from fastmnist.training import compiling
 from fastmnist.training.loop import Trainer
 
 SUMMARY_KEYS = [
@@ -353,7 +353,7 @@ def test_a_compiler_that_fails_is_reported(settings: dict, monkeypatch: pytest.M
     with pytest.raises(FastmnistError, match="--compile default does not work here: RuntimeError: no compiler found;"):
         train(TrainConfig(**settings | {"compile": "default"}))
     # Where it was our choice, the run goes on without, and says why.
-    monkeypatch.setattr(run_module, "choose_compile", lambda *_: ("default", "long"))
+    monkeypatch.setattr(compiling, "choose_compile", lambda *_: ("default", "long"))
     summary = train(TrainConfig(**settings | {"epochs": 1})).summary
     assert (summary["compile"], "no compiler found" in summary["compile_reason"]) == ("off", True)
 
