@@ -53,6 +53,7 @@ def one_seed(seed: int, data_dir: str, cache: Path) -> dict[str, float]:
             data_dir=data_dir,
             cache_dir=str(cache),
             epochs=1,
+            live_taps=False,  # as the bare step
             val_size=0,
             seed=seed,
             quiet=True,
@@ -83,7 +84,7 @@ def main() -> None:
     accuracies = [row["test_accuracy"] for row in rows]
     shares = [row["share_of_limit"] for row in rows]
     result = {
-        "command": "fastmnist train --dataset mnist --epochs 1 --val-size 0 --seed S",
+        "command": "fastmnist train --preset none --no-live-taps --dataset mnist --epochs 1 --val-size 0 --seed S",
         "n": len(rows),
         "test_accuracy_mean": statistics.mean(accuracies),
         "test_accuracy_stdev": statistics.stdev(accuracies) if len(rows) > 1 else None,
