@@ -2,7 +2,7 @@
 
     python benchmarks/main_job.py --data-dir FOLDER --output benchmarks/results/main_job.json
 
-Each seed trains one epoch on all 60,000 images with the default settings. The bare step (one fixed batch of 128 real
+Each seed trains one epoch on all 60,000 images with the plain defaults. The bare step (one fixed batch of 128 real
 images, eager float32 channels_last ResNet-18, SGD, no loader, no augmentation) is timed before and after each run, in
 the same process; the limit is the time that it takes for 85,000 images. One epoch is 60,000, so a ratio below 1 says
 that all that surrounds the step costs less than 42 % of it.
