@@ -79,6 +79,7 @@ def plot_layout(file: Beton, path: Path) -> None:
                 va="top",
                 fontsize=9,
                 color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},  # lines to other parts end behind it
             )
             at += width
         axes.set_xlim(0, whole)
