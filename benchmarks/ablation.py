@@ -37,8 +37,9 @@ from fastmnist.training.evaluate import evaluate_model
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import choose_device, choose_precision
 
-TURNS, TIMED_IMAGES = 7, 1024
+TURNS, TIMED_IMAGES = 7, 2048
 FIRST_PART = 0.5  # of the steps, on smaller images
+SMALL_BATCHES = 0.5  # of the steps, in halves
 EASY_FROM = 0.6  # of the steps done, from which on easy images are left out
 
 
@@ -56,6 +57,15 @@ def zero_last_gamma(trainer: Trainer) -> None:
     for name, module in trainer.model.named_modules():
         if name.endswith("bn2") and isinstance(module, nn.BatchNorm2d):
             nn.init.zeros_(module.weight)
+
+
+def dirac_convolutions(trainer: Trainer) -> None:
+    """Each 3x3 convolution begins by handing its first channels on (K. Jordan, 2024, 3.2: dirac initialisation)."""
+    state = trainer.model.state_dict()  # with all taps, live or not
+    for weight in state.values():
+        if weight.ndim == 4 and weight.shape[2:] == (3, 3):
+            nn.init.dirac_(weight[: weight.shape[1]])
+    trainer.model.load_state_dict(state)
 
 
 def whitened_stem(trainer: Trainer) -> None:
@@ -94,6 +104,38 @@ def averaged_weights(trainer: Trainer) -> None:
         torch._foreach_lerp_(average, values, 0.05)
         if trainer.step == trainer.steps:
             torch._foreach_copy_(values, average)
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def lookahead(trainer: Trainer) -> None:
+    """Every five steps the weights go half of the way that they went (M. Zhang et al., "Lookahead", 2019)."""
+    inner, weights = trainer.train_step, list(trainer.model.parameters())
+    slow = [weight.detach().clone() for weight in weights]
+
+    def train_step(*batch: Any) -> None:
+        inner(*batch)
+        if trainer.step % 5 == 0 or trainer.step == trainer.steps:
+            values = [weight.detach() for weight in weights]
+            torch._foreach_lerp_(slow, values, 0.5)
+            torch._foreach_copy_(values, slow)
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def smaller_batches_first(trainer: Trainer) -> None:
+    """Two steps with half of the batch each, at the rate over 1.4, until half of the images are seen."""
+    inner, half = trainer.train_step, trainer.loader.batch_size // 2
+    until = round(trainer.steps * SMALL_BATCHES)
+    trainer.rates = [rate / 1.4 if at < until else rate for at, rate in enumerate(trainer.rates)]
+
+    def train_step(batch: Any, transforms: torch.Tensor | None, at: int) -> None:
+        if trainer.step >= until:
+            return inner(batch, transforms, at)
+        images, labels = batch
+        for part in (slice(None, half), slice(half, None)):
+            inner((images[part], labels[part]), None if transforms is None else transforms[part], at)
+            trainer.step -= part.start is None
 
     trainer.train_step = train_step  # type: ignore[method-assign]
 
@@ -202,7 +244,22 @@ def ways(config: TrainConfig) -> list[Way]:
         Way("no augmentation", {"augment": False}),
         Way("twice the augmentation", {"shift": config.shift * 2, "rotation": config.rotation * 2}),
         Way("averaged weights", {}, averaged_weights),
+        Way("Lookahead, 5 steps, half the way", {}, lookahead),
+        Way(
+            "batches of twice the size, in halves at first",
+            {"batch_size": config.batch_size * 2, "learning_rate": rate * 1.4},
+            smaller_batches_first,
+        ),
+        Way(
+            "twice the size, four times the weight decay",
+            {
+                "batch_size": config.batch_size * 2,
+                "learning_rate": rate * 1.4,
+                "weight_decay": config.weight_decay * 4,
+            },
+        ),
         Way("residual blocks begin as the identity", {}, zero_last_gamma),
+        Way("3x3 convolutions begin as the identity", {}, dirac_convolutions),
         Way("first layer begins whitened", {}, whitened_stem),
         Way("batch statistics with momentum 0.3", {}, faster_statistics),
         Way("20x20 pixels in the first half", {}, smaller_images_first),

@@ -57,11 +57,13 @@ def test_overlap_is_symmetric_and_counts_a_common_end():
 
 def test_sides_are_measured_in_turn():
     calls, turns = [], []
-    sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "ab"}
-    values = in_turns(sides, 3, on_turn=turns.append)
-    assert calls == ["a", "b"] * 3
-    assert values == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
-    assert turns == [1, 2, 3]
+    sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "abc"}
+    values = in_turns(sides, 30, on_turn=turns.append)
+    of_turns = [calls[at : at + 3] for at in range(0, 90, 3)]
+    assert all(sorted(of_turn) == ["a", "b", "c"] for of_turn in of_turns)
+    assert values == {name: [at + 1.0 for at, called in enumerate(calls) if called == name] for name in "abc"}
+    assert {of_turn[0] for of_turn in of_turns} == {"a", "b", "c"}, "no side is always the first"
+    assert turns == list(range(1, 31))
 
 
 def test_turns_end_in_time_but_not_before_the_least():

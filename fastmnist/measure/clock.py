@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -67,6 +68,9 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """The values of every side, one after the other, turn by turn: what changes on the machine meets them all.
 
+    Each turn has an order of its own (the same ones each time), or what a side leaves behind (memory to be freed, a
+    warm or a cold cache) would always meet the same next one.
+
     Args:
         sides: by name, what measures one value.
         turns: how many values of each.
@@ -77,8 +81,8 @@ def in_turns(
     for turn in range(turns):
         if turn >= least and time.perf_counter() > until:
             break
-        for name, side in sides.items():
-            values[name].append(side())
+        for name in random.Random(turn).sample(list(sides), len(sides)):
+            values[name].append(sides[name]())
         on_turn(turn + 1)
     return values
 
