@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,8 @@ class Reader:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        model, self.card = load_weights(run)
-        self.model: nn.Module = model
-        height, width, channels = self.card.image_shape
-        if channels != 1 or height != width:
-            raise ConfigError(f"{run}: demo takes models of square grey images, this one has {self.card.image_shape}")
-        self.size = height
+        self.model, self.card = load_for_drawings(run)
+        self.size = self.card.image_shape[0]
         self._normalise = Normaliser(self.card.mean, self.card.std)
         self._lock = threading.Lock()  # requests come in threads of their own
 
@@ -77,13 +72,28 @@ class Reader:
         return Seen(probabilities, image)
 
 
+def load_for_drawings(run: Path) -> tuple[nn.Module, ModelCard]:
+    """As `load_weights`; raises ConfigError as well: the model does not take square grey images."""
+    model, card = load_weights(run)
+    height, width, channels = card.image_shape
+    if channels != 1 or height != width:
+        raise ConfigError(f"{run}: demo takes models of square grey images, this one has {card.image_shape}")
+    return model, card
+
+
 def page(card: ModelCard) -> bytes:
     """The page for that model: one file, which asks nobody but the server that it came from."""
+    return render("demo_server.js.jinja", card)
+
+
+def render(backend: str, card: ModelCard, **more: Any) -> bytes:
+    """The page with a script of that name, which defines `read`: a drawing to {probabilities, image} or an Error."""
     import jinja2
 
-    template = files("fastmnist.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(dataset=card.dataset, names=list(card.class_names)).encode()
+    loader = jinja2.PackageLoader("fastmnist", "report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    settings = {"dataset": card.dataset, "names": list(card.class_names), "size": card.image_shape[0]}
+    return environment.get_template(TEMPLATE).render(backend=backend, **{"shared": None, **settings, **more}).encode()
 
 
 def latest_run(runs: Path = RUNS) -> Path:

@@ -82,6 +82,15 @@ def browser() -> Iterator[Any]:
     driver.quit()
 
 
+@pytest.fixture(scope="session")
+def npm() -> str:
+    """Fetches what runs models in a browser."""
+    found = shutil.which("npm")
+    if found is None:
+        skip_or_fail("browser", "npm is not here: apt-get install npm")
+    return found
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's cache, nor takes data from the user's folder by accident."""

@@ -83,7 +83,7 @@ def test_safetensors_in_torchvision_s_model(run: tuple[Path, float], pictures: t
 
 
 def test_one_that_differs_is_not_kept(run: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(whole, card, example, path):
+    def wrong(whole, card, path):
         path.write_bytes(b"x")
         return lambda images: np.zeros((len(images), 10), np.float32)
 

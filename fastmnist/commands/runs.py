@@ -201,6 +201,19 @@ def describe_demo() -> Parser:
     parser.add_argument("run", type=Optional[str], nargs="?", help="The run's folder; by default the newest in runs/.")
     parser.add_argument("--port", type=int, default=0, help="Of 127.0.0.1; by default a free one.")
     parser.add_argument("--browser", type=bool, default=True, help="Open the page in the browser.")
+    parser.add_argument(
+        "--share-html",
+        type=Optional[str],
+        metavar="FILE",
+        help="Write the page with the model in it as one file, which needs no server and no network, and end.",
+    )
+    parser.add_argument(
+        "--onnxruntime-web",
+        type=Optional[str],
+        metavar="DIR",
+        help="Folder dist of that npm package, for --share-html; by default npm fetches it once.",
+    )
+    add_data_flags(parser, dataset=False)
     return parser
 
 
@@ -212,6 +225,15 @@ def demo_command(options: Any) -> int:
     from fastmnist.demo import latest_run, serving
 
     run = Path(options.run) if options.run is not None else latest_run()
+    if options.share_html is not None:
+        from fastmnist.sharing import share_html
+
+        found = share_html(run, options.share_html, runtime=options.onnxruntime_web, data_dir=options.data_dir)
+        print(
+            f"{found.path}: {found.bytes / 1e6:.1f} MB, probabilities within {found.largest_difference:.1g} of the "
+            f"original's on {found.images:,} test images"
+        )
+        return 0
     with serving(run, options.port) as address:
         print(f"{run} reads what you draw on {address} (Ctrl-C ends it)", flush=True)
         if options.browser:
