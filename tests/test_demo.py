@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from fastmnist.cli import main
 from fastmnist.config import TrainConfig
 from fastmnist.data.beton import Beton
 from fastmnist.data.prepare import cache_folder, compiled_path
-from fastmnist.demo import MOST_BYTES, latest_run, serving
+from fastmnist.demo import MOST_BYTES, latest_run, page, serving
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference import predict
 from fastmnist.run import train
+from fastmnist.training.checkpoint import ModelCard
 
 DIGITS = {"dataset": "digits", "model": "small-cnn", "batch_size": 64, "quiet": True}
 
@@ -100,6 +102,16 @@ def test_what_it_refuses(
 ) -> None:
     found, _, content = ask(address, path, body, headers)
     assert (found, says in json.loads(content)["error"]) == (status, True)
+
+
+def test_another_dataset_s_classes_are_shown() -> None:
+    names = ["T-shirt/top", "</script>", "Bag & belt"]
+    card = ModelCard("small-cnn", "imagenet", "fashion", names, (28, 28, 1), (0.3,), (0.4,))
+    text = page(card).decode()
+    assert "<span>Bag &amp; belt</span>" in text
+    assert "trained on fashion" in text
+    assert text.count("</script>") == 1, "no name ends the script"
+    assert json.loads(re.findall(r"const names = (.*);", text)[0]) == names
 
 
 def test_an_empty_drawing(address: str) -> None:

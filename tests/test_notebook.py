@@ -35,8 +35,8 @@ def test_it_is_kept_without_outputs() -> None:
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
 
 
-def run(tmp_path: Path, **settings: str) -> dict[int, str]:
-    """What each code cell printed, after the settings at the beginning of a line have been given other values."""
+def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
+    """What it printed, and the rendered page, after settings at the beginning of a line were given other values."""
     import nbformat
 
     spec = importlib.util.spec_from_file_location("render", ROOT / "notebooks" / "render.py")
@@ -54,28 +54,37 @@ def run(tmp_path: Path, **settings: str) -> dict[int, str]:
     path = tmp_path / NOTEBOOK.name
     nbformat.write(content, path)
     done = render.execute(path)
-    return {
-        number: "".join(output.get("text", "") for output in cell.outputs)
-        for number, cell in enumerate(done.cells)
-        if cell.cell_type == "code"
-    }
+    printed = [output.get("text", "") for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    page = tmp_path / "page.html"
+    page.write_text(render.render(done))
+    return "\n".join(printed), page
 
 
 @pytest.mark.slow
-def test_it_runs_on_the_embedded_digits(tmp_path: Path) -> None:
-    printed = "\n".join(run(tmp_path, DATASET='"digits"').values())
+@pytest.mark.browser
+def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
+    printed, page = run(tmp_path, DATASET='"digits"')
     assert "digits: 1,437 training and 360 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.9
     assert "95 % interval" in printed
     assert "http://127.0.0.1:" in printed
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+    widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+    assert len(widths) >= 8
+    assert min(widths) > 400
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [address for address in asked if not address.startswith("data:")] == []
+    assert "alive while the notebook runs" in browser.find_element("tag name", "body").text
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.slow
 def test_it_runs_on_mnist(mnist_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMNIST_DATA", str(mnist_folder))
-    printed = "\n".join(run(tmp_path).values())
+    printed, _ = run(tmp_path)
     assert "mnist: 60,000 training and 10,000 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None
