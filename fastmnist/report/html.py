@@ -37,7 +37,8 @@ CAPTIONS = {
     "predictions": (
         "Worst mistakes and a sample of right answers",
         "Test images with their true class, the model's answer and its probability",
-        "The mistakes come first, the most confident on top: ask of each whether you would have read it right.",
+        "The mistakes come first, those whose answer stands furthest above the truth on top: ask of each whether you "
+        "would have read it right.",
     ),
 }
 
