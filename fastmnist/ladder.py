@@ -26,12 +26,14 @@ NOISE = 0.04
 class Rung:
     """name: what changes. settings: of `train`, on top of the rungs below. why: in one sentence, for a reader.
 
-    needs_gpu: left out on a CPU, with `instead` as the reason.
+    else_why: what it takes to be faster, shown where it is not. needs_gpu: left out on a CPU, with `instead` as the
+    reason.
     """
 
     name: str
     settings: dict[str, Any]
     why: str
+    else_why: str = ""
     needs_gpu: bool = False
     instead: str = ""
 
@@ -60,27 +62,55 @@ def rungs(preset: str) -> list[Rung]:
     settled = {name: getattr(plain, name) for name in names} | recipe
     return [
         Rung("plain DataLoader", {}, "torchvision's MNIST, sample by sample, as notebooks have it"),
-        Rung("2 workers", {"workers": 2}, "two processes load while the model computes, where cores are free"),
+        Rung(
+            "2 workers",
+            {"workers": 2},
+            "two processes load while the model computes",
+            "they need cores that the model leaves free",
+        ),
         Rung(
             "batched fetch",
             {"loader": "tuned", "workers": None},
             "one indexing per batch instead of one per image, and normalisation of whole batches",
+            "the model must have been waiting for images",
         ),
-        Rung("compiled file and Loader", {"loader": "ours"}, "one gather per batch from the memory map"),
+        Rung(
+            "compiled file and Loader",
+            {"loader": "ours"},
+            "one gather per batch from the memory map",
+            "the model must have been waiting for batches; fastmnist bench shows the loaders alone",
+        ),
         Rung(
             "resident on the device",
             {"placement": "resident"},
             "all images in the GPU's memory: nothing is copied per step",
+            "copies that were hidden behind the computation cost nothing before",
             needs_gpu=True,
             instead="on a CPU the images are in its memory already",
         ),
-        Rung("channels_last", {"channels_last": True}, "the layout that oneDNN and tensor cores compute in"),
-        Rung("AMP", {"amp": "auto"}, "bfloat16 or float16 where the hardware has it, float32 where it has not"),
-        Rung("live taps", {"live_taps": True}, "no arithmetic and no optimizer for weights that only meet padding"),
+        Rung(
+            "channels_last",
+            {"channels_last": True},
+            "the layout that oneDNN and tensor cores compute in",
+            "maps of a few pixels and one input channel are nearly the same in both layouts",
+        ),
+        Rung(
+            "AMP",
+            {"amp": "auto"},
+            "bfloat16 or float16 where the hardware has it, float32 where it has not",
+            "it pays where arithmetic bounds the step; here casts and weights do, of which live taps take most away",
+        ),
+        Rung(
+            "live taps",
+            {"live_taps": True},
+            "no arithmetic and no optimizer for weights that only meet padding",
+            "the last maps must be of one or two pixels",
+        ),
         Rung(
             "CUDA graph",
             {"compile": "graph"},
             "the whole step in one launch: the host no longer sets the pace",
+            "the host must have been the limit",
             needs_gpu=True,
             instead="there are no launches to save on a CPU",
         ),
@@ -88,10 +118,16 @@ def rungs(preset: str) -> list[Rung]:
             "torch.compile",
             {"compile": "default"},
             "fused kernels, at the price of compiling them first",
+            "what is left beside convolutions is small",
             needs_gpu=True,
             instead="on a CPU compiling took 37 to 59 s and made this network no faster",
         ),
-        Rung(f"recipe of {preset}", settled, "SGD, one cycle up to a high rate, small shifts: fewer epochs are enough"),
+        Rung(
+            f"recipe of {preset}",
+            settled,
+            "SGD, one cycle up to a high rate, small shifts: fewer epochs are enough",
+            "it is there for the accuracy",
+        ),
     ]
 
 
@@ -129,9 +165,9 @@ def ladder(
     """Trains every rung with the same seeds and the same number of images, one rung after the other.
 
     A row has name, why and settings; images_per_second, seconds_per_epoch (both over the training clock),
-    test_accuracy and compile_seconds, each with its values; over_below, the speed over that of the rung below;
-    and effect, one of "faster", "none" and "slower". A rung that needs a GPU where there is none has `left_out`,
-    one that failed `error`, both with the reason.
+    test_accuracy and compile_seconds, each with its values; over_below, the speed over that of the rung below; and
+    effect, one of "faster", "none" and "slower", the last two with an explanation. A rung that needs a GPU where there
+    is none has `left_out`, one that failed `error`, both with the reason.
 
     Args:
         seeds: per rung. images: that each run trains on; by default `default_images`.
@@ -173,6 +209,8 @@ def ladder(
             continue
         settings = tried
         row |= _measured(found, below)
+        if row["effect"] in ("none", "slower"):
+            row["explanation"] = rung.else_why
         rows.append(row)
         below = row
         reporter.say(describe(row))

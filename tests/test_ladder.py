@@ -16,7 +16,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.ladder import GROUND, default_images, ladder, rungs
 from fastmnist.presets import PRESETS
-from fastmnist.report.ladder import cells, ladder_markdown, plot_ladder
+from fastmnist.report.ladder import cells, ladder_markdown, more_accurate, notes, plot_ladder
 
 SPEEDS = {"plain DataLoader": 100.0, "2 workers": 99.0, "batched fetch": 150.0, "channels_last": 120.0}
 
@@ -67,6 +67,12 @@ def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ladder(seeds=2, images=1280, device="cpu")
     rows = {row["name"]: row for row in found.rows}
     assert [rows[name]["effect"] for name in SPEEDS] == [None, "none", "faster", "slower"]
+    said = notes(found.rows)
+    assert "2 workers, no difference here: they need cores that the model leaves free" in said
+    assert [line for line in said if line.startswith("channels_last, slower here: maps of a few pixels")]
+    assert [line for line in said if line.startswith("CUDA graph, left out: there are no launches")]
+    assert not [line for line in said if line.startswith("batched fetch")]
+    assert ladder_markdown(found.to_dict()).count("\n|") == len(SPEEDS) + 5  # the rule, and four more rungs on a CPU
     assert rows["batched fetch"]["over_below"] == pytest.approx(150 / 99)
     assert rows["plain DataLoader"]["seconds_per_epoch"] == 600
     assert rows["channels_last"]["over_below"] == pytest.approx(120 / 200)
@@ -75,6 +81,20 @@ def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1].loader == "ours"
     assert (seen[-1].learning_rate, seen[-1].optimizer) == (PRESETS["cpu"]()["learning_rate"], "sgd")
     assert {config.images_seen for config in seen} == {1280}
+
+
+@pytest.mark.parametrize(
+    ("n", "mean", "stdev", "below", "expected"),
+    [(3, 0.98, 0.001, 0.002, True), (3, 0.98, 0.001, 0.006, False), (1, 0.98, 0.0, 0.0, False), (3, 0.96, 0, 0, False)],
+)
+def test_when_a_rung_is_more_accurate(n: int, mean: float, stdev: float, below: float, expected: bool) -> None:
+    row = {"n": n, "test_accuracy": {"mean": mean, "stdev": stdev}}
+    assert more_accurate(row, {"n": 3, "test_accuracy": {"mean": 0.97, "stdev": below}}) is expected
+
+
+def test_every_rung_says_what_it_takes() -> None:
+    assert all(rung.why and rung.else_why for rung in rungs("cpu")[1:])
+    assert all(rung.instead for rung in rungs("cpu") if rung.needs_gpu)
 
 
 def test_a_rung_that_fails_costs_itself_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -130,5 +150,5 @@ def test_from_the_command_line_with_real_runs(
     assert sorted(path.name for path in folder.iterdir()) == ["ladder.json", "ladder.md", "ladder.png", "ladder.svg"]
     assert matplotlib.image.imread(folder / "ladder.png").shape[1] == 1500
     assert "left out" in capsys.readouterr().out
-    assert cells(content["rows"][2])[0] == "CUDA graph"
+    assert cells(content["rows"][1])[0] == "compiled file and Loader"
     assert default_images("cpu") == 12_000

@@ -193,7 +193,7 @@ def describe_ladder() -> Parser:
 
 def ladder_command(options: Any) -> int:
     from fastmnist.ladder import default_images, ladder
-    from fastmnist.report.ladder import ladder_markdown, ladder_table, plot_ladder
+    from fastmnist.report.ladder import ladder_markdown, ladder_table, notes, plot_ladder
     from fastmnist.report.progress import Reporter
 
     reporter = Reporter()
@@ -212,6 +212,8 @@ def ladder_command(options: Any) -> int:
                 progress=progress,
             )
         reporter.console.print(ladder_table(found.rows))
+        for line in notes(found.rows):
+            reporter.say(line)
         write_json(str(folder / "ladder.json"), found.to_dict())
         (folder / "ladder.md").write_text(ladder_markdown(found.to_dict()))
         plot_ladder(found.to_dict(), [folder / "ladder.png", folder / "ladder.svg"])

@@ -18,16 +18,23 @@ LEFT, RIGHT, BAR, BELOW = 2.3, 2.2, 0.42, 0.6  # inches
 NOTE = {"none": "no difference here", "slower": "slower here"}
 
 
+def notes(rows: Sequence[Row]) -> list[str]:
+    """A line for each rung that was not measured, or is no faster: why."""
+    found = []
+    for row in rows:
+        if "left_out" in row:
+            found.append(f"{row['name']}, left out: {row['left_out']}")
+        elif "error" in row:
+            found.append(f"{row['name']}, failed: {row['error']}")
+        elif row["effect"] in NOTE:
+            found.append(f"{row['name']}, {NOTE[row['effect']]}: {row['explanation']}")
+    return found
+
+
 def cells(row: Row) -> tuple[str, ...]:
-    """As HEADINGS name them; a rung that was not measured says why."""
-    if "left_out" in row:
-        return (row["name"], "", "", f"left out: {row['left_out']}", "", "")
-    if "error" in row:
-        return (row["name"], "", "", f"failed: {row['error']}", "", "")
+    """As HEADINGS name them, of a rung that was measured."""
     rate, accuracy = row["images_per_second"], row["test_accuracy"]
     over = "" if row["over_below"] is None else f"{row['over_below']:.2f}"
-    if row["effect"] in NOTE:
-        over += f" ({NOTE[row['effect']]})"
     return (
         row["name"],
         f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})",
@@ -39,19 +46,22 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def ladder_table(rows: Sequence[Row]) -> Table:
+    """The rungs that were measured; `notes` has the others."""
     from rich.table import Table
 
     table = Table(*HEADINGS)
     for row in rows:
-        table.add_row(*cells(row))
+        if "images_per_second" in row:
+            table.add_row(*cells(row))
     return table
 
 
 def ladder_markdown(found: Mapping[str, Any]) -> str:
     """The same for a page, and where it comes from."""
     lines = [f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | --- | ---: | ---: |"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"]]
-    return "\n".join([*lines, "", f"{_origin(found)}"]) + "\n"
+    lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"] if "images_per_second" in row]
+    said = [f"- {line}" for line in notes(found["rows"])]
+    return "\n".join([*lines, "", *said, *([""] if said else []), _origin(found)]) + "\n"
 
 
 def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
@@ -72,6 +82,7 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
             heading, _origin(found), [], left=LEFT, right=RIGHT, height=BAR * len(rows) + 0.2, below=BELOW
         )
         before: float | None = None
+        below: Row | None = None
         for at, row in enumerate(rows):
             if "seconds_per_epoch" not in row:
                 text = f"left out: {row['left_out']}" if "left_out" in row else "failed, see the table"
@@ -88,8 +99,11 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
                 label += f", {row['over_below']:.2f} times as fast"
             elif row["effect"] is not None:
                 label += f", {NOTE[row['effect']]}"
+            if below is not None and more_accurate(row, below):
+                label = f"{seconds:.3g} s, {100 * row['test_accuracy']['mean']:.1f} % instead of "
+                label += f"{100 * below['test_accuracy']['mean']:.1f} % right"
             axes.text(max(seconds, before or 0) + longest * 0.012, at, label, va="center", fontsize=9, color=INK)
-            before = seconds
+            before, below = seconds, row
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, longest)
@@ -98,6 +112,13 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
         axes.set_xlabel(f"seconds for one epoch of {dataset}; pale: what the rung saves, orange: what it costs")
         for path in paths:
             save(figure, path, heading)
+
+
+def more_accurate(row: Row, below: Row) -> bool:
+    """Whether the rung's mean accuracy is higher than that below by more than two standard deviations of either."""
+    found, before = row["test_accuracy"], below["test_accuracy"]
+    enough = min(row["n"], below["n"]) > 1
+    return bool(enough and found["mean"] - before["mean"] > 2 * max(found["stdev"], before["stdev"]))
 
 
 def _heading(measured: Sequence[Row]) -> str:
