@@ -18,7 +18,7 @@ from fastmnist.speedrun import Speedrun, speedrun, spread
 from fastmnist.training.precision import choose_device
 
 Progress = Callable[[str, float], None]
-# A gain or a loss smaller than this, in images/s, is called none: medians of short runs move by as much.
+# A gain or a loss below this share, or with ranges that meet, is called none: short runs move by as much.
 NOISE = 0.04
 
 
@@ -245,10 +245,17 @@ def _measured(found: Speedrun, below: dict[str, Any] | None) -> dict[str, Any]:
         "effect": None,
     }
     if below is not None:
-        ratio = rate.median / below["images_per_second"]["median"]
-        row["over_below"] = ratio
-        row["effect"] = "none" if abs(ratio - 1) < NOISE else "faster" if ratio > 1 else "slower"
+        before = below["images_per_second"]
+        row["over_below"] = rate.median / before["median"]
+        row["effect"] = effect(rates, before["values"])
     return row
+
+
+def effect(rates: Sequence[float], before: Sequence[float]) -> str:
+    """Of a rung on the images/s of the one below: "faster", "none" or "slower"."""
+    ratio = statistics.median(rates) / statistics.median(before)
+    meet = min(len(rates), len(before)) > 1 and min(rates) <= max(before) and min(before) <= max(rates)
+    return "none" if meet or abs(ratio - 1) < NOISE else "faster" if ratio > 1 else "slower"
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -30,7 +30,8 @@ def cpu() -> Settings:
 def fast99() -> Settings:
     """Aims at 99.0 % on a GPU in the least time: fewer, larger steps than `cpu`.
 
-    Not timed on a GPU yet, nor its accuracy measured. Measure: fastmnist speedrun --preset fast99 --seeds 20
+    99.13 % test accuracy (99.01 to 99.23, n=5) on a CPU in bfloat16, 2026-11-23. Not timed on a GPU yet; measure:
+    fastmnist speedrun --preset fast99 --seeds 20
     """
     return cpu() | {"images_seen": 48_000, "batch_size": 256, "learning_rate": 0.08}
 
@@ -38,7 +39,8 @@ def fast99() -> Settings:
 def fast995() -> Settings:
     """Aims at 99.5 % on a GPU in the least time.
 
-    Not timed on a GPU yet, nor its accuracy measured. Measure: fastmnist speedrun --preset fast995 --seeds 20
+    99.48 % test accuracy (99.43 to 99.54, n=5) on a CPU in bfloat16, 2026-11-23. Not timed on a GPU yet; measure:
+    fastmnist speedrun --preset fast995 --seeds 20
     """
     return {"images_seen": 240_000, "batch_size": 256, "learning_rate": 0.1}
 

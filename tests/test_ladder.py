@@ -14,7 +14,7 @@ from fastmnist import ladder as module
 from fastmnist.cli import main
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
-from fastmnist.ladder import GROUND, default_images, ladder, rungs
+from fastmnist.ladder import GROUND, default_images, effect, ladder, rungs
 from fastmnist.presets import PRESETS
 from fastmnist.report.ladder import cells, ladder_markdown, more_accurate, notes, plot_ladder
 
@@ -84,6 +84,20 @@ def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rates", "before", "expected"),
+    [
+        ([120, 121, 130], [99, 100, 101], "faster"),
+        ([80, 81, 90], [99, 100, 101], "slower"),
+        ([90, 110, 130], [99, 100, 101], "none"),  # the ranges meet
+        ([101, 102, 103], [98, 99, 100], "none"),  # less than 4 %
+        ([110], [100], "faster"),
+    ],
+)
+def test_what_is_called_faster(rates: list[float], before: list[float], expected: str) -> None:
+    assert effect(rates, before) == expected
+
+
+@pytest.mark.parametrize(
     ("n", "mean", "stdev", "below", "expected"),
     [(3, 0.98, 0.001, 0.002, True), (3, 0.98, 0.001, 0.006, False), (1, 0.98, 0.0, 0.0, False), (3, 0.96, 0, 0, False)],
 )
@@ -150,5 +164,7 @@ def test_from_the_command_line_with_real_runs(
     assert sorted(path.name for path in folder.iterdir()) == ["ladder.json", "ladder.md", "ladder.png", "ladder.svg"]
     assert matplotlib.image.imread(folder / "ladder.png").shape[1] == 1500
     assert "left out" in capsys.readouterr().out
-    assert cells(content["rows"][1])[0] == "compiled file and Loader"
+    name, speed, _, _, accuracy, _ = cells(content["rows"][1])
+    assert (name, "to" in speed, "±" in accuracy) == ("compiled file and Loader", False, False)  # of one seed
+    assert "per run, one seed; " in (folder / "ladder.md").read_text()
     assert default_images("cpu") == 12_000

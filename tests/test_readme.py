@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmnist.cli import build_parser
+from fastmnist.report.ladder import ladder_markdown
 from fastmnist.report.table import markdown, time_table
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,14 @@ def test_the_table_of_ways_is_that_of_the_last_run() -> None:
         assert line.startswith(f"| {row['name']} | {row['val_accuracy_mean']:.2%}")
 
 
-@pytest.mark.parametrize("name", ["bench.png", "bench.svg", "bench.md", "speedrun_cpu.png"])
+def test_the_ladder_is_that_of_the_last_run() -> None:
+    """Made by `fastmnist ladder`."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    shown = text.partition("<!-- ladder -->\n")[2].partition("<!-- /ladder -->")[0]
+    assert shown == ladder_markdown(json.loads((ROOT / "benchmarks/results/ladder.json").read_text()))
+
+
+@pytest.mark.parametrize("name", ["bench.png", "bench.svg", "bench.md", "speedrun_cpu.png", "ladder.png"])
 def test_what_comes_with_it_is_there(name: str) -> None:
     assert (ROOT / "benchmarks" / "results" / name).stat().st_size > 100
 

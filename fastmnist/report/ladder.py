@@ -37,10 +37,10 @@ def cells(row: Row) -> tuple[str, ...]:
     over = "" if row["over_below"] is None else f"{row['over_below']:.2f}"
     return (
         row["name"],
-        f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})",
+        f"{rate['median']:,.0f}" + (f" ({rate['min']:,.0f} to {rate['max']:,.0f})" if row["n"] > 1 else ""),
         f"{row['seconds_per_epoch']:.3g}",
         over,
-        f"{100 * accuracy['mean']:.2f} % ± {100 * accuracy['stdev']:.2f}",
+        f"{100 * accuracy['mean']:.2f} %" + (f" ± {100 * accuracy['stdev']:.2f}" if row["n"] > 1 else ""),
         f"{row['compile_seconds']:.1f} s",
     )
 
@@ -128,8 +128,8 @@ def _heading(measured: Sequence[Row]) -> str:
 
 def _origin(found: Mapping[str, Any]) -> str:
     settings = found["settings"]
-    seeds = "1 seed" if settings["seeds"] == 1 else f"{settings['seeds']} seeds"
+    several = f"medians of {settings['seeds']} seeds (accuracy: mean and standard deviation)"
     return (
-        f"{settings['images']:,} training images per run, medians of {seeds} (accuracy: mean and standard deviation); "
+        f"{settings['images']:,} training images per run, {several if settings['seeds'] > 1 else 'one seed'}; "
         f"{describe_hardware(found['hardware'])}; torch {found['versions']['torch']}; {found['date'][:10]}."
     )
