@@ -63,7 +63,7 @@ def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
 @pytest.mark.slow
 @pytest.mark.browser
 def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
-    printed, page = run(tmp_path, DATASET='"digits"')
+    printed, page = run(tmp_path, DATASET='"digits"', LADDER_IMAGES="512", BUDGET="2")
     assert "digits: 1,437 training and 360 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None

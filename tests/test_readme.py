@@ -38,7 +38,7 @@ def test_the_table_of_ways_is_that_of_the_last_run() -> None:
 
 
 def test_the_ladder_is_that_of_the_last_run() -> None:
-    """Made by `fastmnist ladder`."""
+    """Made by benchmarks/ladder.py."""
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     shown = text.partition("<!-- ladder -->\n")[2].partition("<!-- /ladder -->")[0]
     assert shown == ladder_markdown(json.loads((ROOT / "benchmarks/results/ladder.json").read_text()))

@@ -25,6 +25,7 @@ SHORTER = {
     "speedrun": ["--seeds", "1", "--images-seen", "2000"],
     "tune": ["--budget", "2"],
     "train --dataset": ["--epochs", "1"],
+    "train --config": ["--images-seen", "2000"],
 }
 PROGRAM = [sys.executable, "-m", "fastmnist"]
 
