@@ -177,8 +177,10 @@ def ladder(
     Raises:
         ConfigError: a number that cannot work. FastmnistError: the data cannot be used, or no rung could be measured.
     """
-    if seeds < 1 or (images is not None and images < GROUND["batch_size"]):
-        raise ConfigError(f"--seeds {seeds} must be at least 1, --images {images} at least {GROUND['batch_size']}")
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    if images is not None and images < GROUND["batch_size"]:
+        raise ConfigError(f"--images {images}: must be at least {GROUND['batch_size']}, one batch")
     begun = time.perf_counter()
     chosen = choose_device(device)
     on_gpu = chosen.type == "cuda"

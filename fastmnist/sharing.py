@@ -15,7 +15,7 @@ from torch import nn
 from fastmnist.demo import load_for_drawings, render
 from fastmnist.errors import FastmnistError
 from fastmnist.export import Classifier, both, need, open_onnx, open_test_set, write_onnx
-from fastmnist.files import write_bytes
+from fastmnist.files import replacing
 from fastmnist.onnxruntime_web import load_runtime
 from fastmnist.runfolder import RunFolder
 from fastmnist.training.checkpoint import ModelCard
@@ -83,7 +83,8 @@ def share_html(
         }
         images = len(test)
     content = render("demo_page.js.jinja", card, shared=shared, policy=POLICY)
-    write_bytes(path, content)
+    with replacing(path, "name another file with --share-html") as file:
+        file.write(content)
     return Shared(path, len(content), images, difference)
 
 

@@ -136,9 +136,9 @@ def test_ctrl_c_keeps_the_rungs_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_numbers_that_cannot_work() -> None:
-    with pytest.raises(ConfigError, match="--seeds 0"):
+    with pytest.raises(ConfigError, match="--seeds 0: must be at least 1"):
         ladder(seeds=0)
-    with pytest.raises(ConfigError, match="--images 10 at least 128"):
+    with pytest.raises(ConfigError, match="--images 10: must be at least 128"):
         ladder(images=10)
 
 

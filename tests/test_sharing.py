@@ -98,6 +98,12 @@ def test_a_page_that_would_see_other_things_is_not_written(
     assert not path.exists()
 
 
+def test_a_folder_is_no_file(run: Path, runtime: Path, tmp_path: Path) -> None:
+    with pytest.raises(FastmnistError, match=r"Is a directory; name another file with --share-html"):
+        share_html(run, tmp_path, runtime=runtime)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_files_of_the_runtime_that_are_missing(run: Path, runtime: Path, tmp_path: Path) -> None:
     (runtime / onnxruntime_web.WASM).unlink()
     with pytest.raises(ConfigError, match=r"threaded\.wasm: No such file.*--onnxruntime-web names the folder dist"):
