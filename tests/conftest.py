@@ -11,6 +11,7 @@ import gzip
 import importlib
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -98,6 +99,15 @@ def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("FASTMNIST_DATA", raising=False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_arrives() -> Iterator[None]:
+    """A shell makes what it runs in the background ignore SIGINT, and so would the programs that tests interrupt."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -144,7 +144,10 @@ def test_ctrl_c_ends_the_command(run: Path) -> None:
         line = process.stdout.readline()
         assert "http://127.0.0.1:" in line
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()  # or leaving the block would wait for ever
     assert (process.returncode, errors) == (0, "")
 
 

@@ -46,7 +46,10 @@ def stopped(words: list[str], ready: Callable[[str], bool]) -> str:
         while not ready(output.read_text()) and time.monotonic() < until and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()  # or leaving the block would wait for ever
     return output.read_text()
 
 
