@@ -235,10 +235,10 @@ def demo_command(options: Any) -> int:
         )
         return 0
     with serving(run, options.port) as address:
-        print(f"{run} reads what you draw on {address} (Ctrl-C ends it)", flush=True)
-        if options.browser:
-            webbrowser.open(address)
-        try:
+        try:  # from the line that promises it on, Ctrl-C is the usual end
+            print(f"{run} reads what you draw on {address} (Ctrl-C ends it)", flush=True)
+            if options.browser:
+                webbrowser.open(address)
             Event().wait()
         except KeyboardInterrupt:
             print()
