@@ -1,6 +1,8 @@
 """The ladder for these pages: `fastmnist ladder`, its picture, and its table in a page between two marks.
 
-python benchmarks/ladder.py --data-dir FOLDER --output benchmarks/results/ladder.json --page docs/benchmarks.md
+    python benchmarks/ladder.py --data-dir FOLDER --output benchmarks/results/ladder.json --page docs/benchmarks.md
+
+The picture lies beside the JSON.
 """
 
 from __future__ import annotations

@@ -92,13 +92,13 @@ def rungs(preset: str) -> list[Rung]:
             "channels_last",
             {"channels_last": True},
             "the layout that oneDNN and tensor cores compute in",
-            "maps of a few pixels and one input channel are nearly the same in both layouts",
+            "it pays where convolutions over large maps bound the step",
         ),
         Rung(
             "AMP",
             {"amp": "auto"},
             "bfloat16 or float16 where the hardware has it, float32 where it has not",
-            "it pays where arithmetic bounds the step; here casts and weights do, of which live taps take most away",
+            "it pays where arithmetic bounds the step, and its casts cost time",
         ),
         Rung(
             "live taps",

@@ -69,7 +69,7 @@ def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rows[name]["effect"] for name in SPEEDS] == [None, "none", "faster", "slower"]
     said = notes(found.rows)
     assert "2 workers, no difference here: they need cores that the model leaves free" in said
-    assert [line for line in said if line.startswith("channels_last, slower here: maps of a few pixels")]
+    assert [line for line in said if line.startswith("channels_last, slower here: it pays where")]
     assert [line for line in said if line.startswith("CUDA graph, left out: there are no launches")]
     assert not [line for line in said if line.startswith("batched fetch")]
     assert ladder_markdown(found.to_dict()).count("\n|") == len(SPEEDS) + 5  # the rule, and four more rungs on a CPU

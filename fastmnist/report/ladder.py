@@ -85,7 +85,7 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
         below: Row | None = None
         for at, row in enumerate(rows):
             if "seconds_per_epoch" not in row:
-                text = f"left out: {row['left_out']}" if "left_out" in row else "failed, see the table"
+                text = f"left out: {row['left_out']}" if "left_out" in row else "failed, see below the table"
                 axes.text(longest * 0.01, at, text, va="center", fontsize=9, color=QUIET)
                 continue
             seconds = row["seconds_per_epoch"]
