@@ -471,6 +471,20 @@ def test_a_head_that_makes_no_sense_is_refused_without_checksums_too(tmp_path, t
     assert said in str(error.value)
 
 
+def test_an_image_that_straddles_two_pages_is_refused(tmp_path, write_small_beton):
+    path = tmp_path / "a.beton"
+    write_small_beton(path, 20, (4, 4), page_size=64)  # four images a page
+    with Beton(path) as file:
+        last_of_a_page = int(file.offsets[7])
+        at = HEADER.itemsize + 2 * FIELD.itemsize + 7 * 16
+    content = bytearray(path.read_bytes())
+    assert content[at : at + 8] == last_of_a_page.to_bytes(8, "little")
+    content[at : at + 8] = (last_of_a_page + 1).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="sample 7"):
+        Beton(path)
+
+
 def test_a_file_of_no_sample_is_refused(tmp_path, tiny):
     """As FFCV writes it for an empty dataset."""
     path = tmp_path / "empty.beton"

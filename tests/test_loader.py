@@ -19,7 +19,7 @@ from torchvision.transforms.functional import normalize
 
 from fastmnist.data import gathering
 from fastmnist.data.beton import Beton
-from fastmnist.data.buffers import LEAST_KEPT, BufferPool
+from fastmnist.data.buffers import LEAST_KEPT, BufferPool, tensor_maker
 from fastmnist.data.loader import DTYPES, Loader
 from fastmnist.data.order import epoch_order
 from fastmnist.data.threads import NAME
@@ -264,30 +264,76 @@ def test_memory_of_dropped_batches_is_used_again(open_loader):
     assert len(set(addresses)) <= 12
 
 
-def test_reused_buffers_are_one_memory_valid_until_the_next_batch(open_loader, samples):
-    loader = open_loader(reuse_buffers=True, shuffle=False)
-    expected = torch.from_numpy(samples[1])[:, None]
-    addresses = set()
-    for number, (images, _) in enumerate(loader):
-        addresses.add(images.data_ptr())
-        assert torch.equal(images, expected[10 * number : 10 * number + 10])
-    assert len(addresses) == 1
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_batch_is_a_tensor_of_its_own(open_loader, dtype, threads):
+    loader = open_loader(dtype=dtype, threads=threads)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            held = list(loader)
+        for tensor in itertools.chain(*held):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert not tensor._is_view()
+            before = [other._version for other in itertools.chain(*held)]
+            tensor.add_(1)
+            changed = [other._version for other in itertools.chain(*held)]
+            assert sum(changed) == sum(before) + 1
+        if dtype.is_floating_point:
+            weight = torch.ones((), dtype=dtype, requires_grad=True)
+            held[0][0].mul_(weight).sum().backward()
+            assert weight.grad is not None
+
+
+def test_a_later_batch_changed_in_place_breaks_no_backward_pass(open_loader):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(SHAPE[0] * SHAPE[1], 10))
+    batches = iter(open_loader(dtype=torch.float32))
+    (images, labels), (more_images, more_labels) = next(batches), next(batches)
+    loss = torch.nn.functional.cross_entropy(net(images), labels)
+    more_images.add_(1)
+    more_labels[:5] = 3
+    loss.backward()
+
+
+def test_a_batch_saved_takes_the_room_of_a_batch(open_loader, tmp_path):
+    images, labels = next(iter(open_loader(dtype=torch.float32)))
+    torch.save((images, labels), tmp_path / "batch.pt")
+    assert (tmp_path / "batch.pt").stat().st_size < 2 * (images.nbytes + labels.nbytes) + 4000
+    assert_same_batches([torch.load(tmp_path / "batch.pt", weights_only=True)], [(images, labels)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("placement", ["stream", "resident"])
+def test_inference_mode_ends_with_its_block(open_loader, dtype, placement):
+    batches = iter(open_loader(dtype=dtype, placement=placement))
+    with torch.inference_mode():
+        next(batches)
+    for tensor in itertools.chain(*batches):
+        assert not tensor.is_inference()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_default_device_moves_nothing(open_loader, dtype):
+    expected = copied(open_loader(dtype=dtype))
+    with torch.device("meta"):
+        found = list(open_loader(dtype=dtype))
+    assert_same_batches(found, expected)
 
 
 def test_a_pool_keeps_no_more_than_its_most():
     pool = BufferPool(4, (3, 1, 1), torch.float16)
     taken = [pool.take(4) for _ in range(3 * LEAST_KEPT)]
-    assert len({images.data_ptr() for _, images in taken}) == len(taken)
+    assert len({rows.ctypes.data for rows, _ in taken}) == len(taken)
     assert len(pool) == LEAST_KEPT
-    kept = {images.data_ptr() for _, images in taken[-LEAST_KEPT:]}
+    kept = {rows.ctypes.data for rows, _ in taken[-LEAST_KEPT:]}
     taken.clear()
-    assert {pool.take(4)[1].data_ptr() for _ in range(3 * LEAST_KEPT)} == kept
+    assert {pool.take(4)[0].ctypes.data for _ in range(3 * LEAST_KEPT)} == kept
 
 
 @pytest.mark.parametrize("count", [4, 3])
 def test_a_pool_hands_out_the_same_memory_as_array_and_tensor(count):
     for dtype in DTYPES:
-        rows, images = BufferPool(4, (5, 3, 2), dtype).take(count)
+        rows, array = BufferPool(4, (5, 3, 2), dtype).take(count)
+        images = tensor_maker(dtype)(array)
         assert rows.shape == (count, 30)
         assert images.shape == (count, 2, 5, 3)
         assert images.is_contiguous(memory_format=torch.channels_last)
@@ -296,6 +342,64 @@ def test_a_pool_hands_out_the_same_memory_as_array_and_tensor(count):
 
 
 # Where it stands
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_numpy_and_torch_become_plain_ones(open_loader, tmp_path, kind):
+    loader = open_loader(kind(10), seed=kind(3), threads=kind(1), prefetch=kind(2), rank=kind(0), world_size=kind(1))
+    loader.set_epoch(kind(2))
+    state = loader.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    torch.save(state, tmp_path / "state.pt")
+    plain = open_loader(10, seed=3)
+    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same_batches(loader, plain)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed", "threads", "prefetch"])
+@pytest.mark.parametrize("value", [2.0, np.float32(2), "2", None, -1])
+def test_what_is_no_whole_number_is_refused_by_name(samples, name, value):
+    with pytest.raises(ConfigError, match=name):
+        Loader(samples[0], device="cpu", **{name: value})
+
+
+@pytest.mark.parametrize("value", [2.0, np.float64(1), "1", -1])
+def test_an_epoch_that_is_no_whole_number_is_refused(open_loader, value):
+    loader = open_loader()
+    before = loader.state_dict()
+    with pytest.raises(ConfigError, match="epoch"):
+        loader.set_epoch(value)
+    assert loader.state_dict() == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_loop_under_way_does_not_move_a_position_that_was_set(open_loader, finished):
+    loader, same = open_loader(), open_loader()
+    there = open_loader()
+    there.set_epoch(5)
+    elsewhere = there.state_dict()
+    for set_position in (lambda: loader.set_epoch(5), lambda: loader.load_state_dict(elsewhere)):
+        loader.set_epoch(0)
+        same.set_epoch(0)
+        batches = iter(loader)
+        taken = copied(itertools.islice(batches, 3))
+        set_position()
+        assert loader.state_dict() == elsewhere
+        taken += copied(batches if finished else itertools.islice(batches, 2))
+        assert_same_batches(taken, copied(itertools.islice(same, len(taken))))
+        assert loader.state_dict() == elsewhere
+        there.set_epoch(5)
+        assert_same_batches(copied(loader), copied(there))
+
+
+def test_of_two_loops_the_later_one_moves_the_position(open_loader):
+    loader = open_loader()
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    next(second)
+    list(first)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (1, 1)
 
 
 @given(
@@ -507,11 +611,6 @@ def test_a_setting_that_cannot_work_is_a_config_error(samples, options):
 def test_a_gpu_that_is_not_there_is_a_config_error(samples):
     with pytest.raises(ConfigError, match="no GPU"):
         Loader(samples[0], device="cuda")
-
-
-def test_a_negative_epoch_is_a_config_error(open_loader):
-    with pytest.raises(ConfigError, match="-1"):
-        open_loader().set_epoch(-1)
 
 
 def test_a_file_that_cannot_be_used_is_a_data_error(tmp_path, samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -92,6 +93,15 @@ def rewrite_in_place(path, write):
     path.write_bytes(path.with_name("b.beton").read_bytes())
 
 
+def rewrite_a_pixel(path, write):
+    with open(path, "r+b") as file:
+        file.seek(int(Beton(path).offsets[7]))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(1, 1))  # the clock of a file system may stand still for some milliseconds
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -101,6 +111,7 @@ def rewrite_in_place(path, write):
         (empty, "has 0 now"),
         (grow, "had [0-9,]+ bytes"),
         (rewrite_in_place, "was written to"),
+        (rewrite_a_pixel, "was written to"),
     ],
 )
 def test_a_file_that_changes_while_it_is_open_is_an_error_before_the_next_epoch(path, write_small_beton, change, told):
@@ -175,6 +186,23 @@ def test_a_closed_loader_or_file_is_not_pickled(path):
     for closed in (loader, loader.file):
         with pytest.raises(RuntimeError, match="closed"):
             pickle.dumps(closed)
+
+
+def test_copies_that_travelled_together_close_a_file_each(path):
+    with Loader(path, 32, device="cpu") as train, Loader(train.file, 50, device="cpu") as test:
+        train_copy, test_copy = pickle.loads(pickle.dumps((train, test)))
+        train_copy.close()
+        with test_copy:
+            assert_same(test_copy, test)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_closing_a_copy_leaves_the_original_open(path, duplicate):
+    with Loader(path, 32, device="cpu") as loader:
+        expected = list(loader)
+        duplicate(loader).close()
+        loader.set_epoch(0)
+        assert_same(loader, expected)
 
 
 def sums(batches) -> list[int]:
@@ -266,6 +294,17 @@ def test_an_epoch_that_was_left_may_be_followed_in_another_thread(path):
         assert in_a_thread(lambda: list(loader)) is None
         batches = iter(loader)  # begun here, first asked for there
         assert in_a_thread(lambda: list(batches)) is None
+
+
+def test_an_epoch_may_be_finished_by_another_thread_once_the_first_one_is_dead(path):
+    with Loader(path, 32, device="cpu") as loader, Loader(path, 32, device="cpu") as same:
+        batches = iter(loader)
+        taken = []
+        assert in_a_thread(lambda: taken.append(next(batches))) is None
+        assert_same([*taken, *batches], same)
+        batches = iter(loader)
+        assert in_a_thread(lambda: next(batches)) is None
+        assert len(list(loader)) == len(loader)
 
 
 def test_an_error_in_a_helper_arrives_with_its_traceback(path, monkeypatch):
@@ -443,6 +482,22 @@ def test_each_kernel_is_compiled_once_and_from_the_second_process_on_never(
     assert {name: compiled for name, (compiled, _) in cold.items() if compiled > 1} == {}
     assert any(misses for _, misses in cold.values())
     assert {name: misses for name, (_, misses) in warm.items() if misses} == {}
+
+
+def test_nothing_needs_to_be_compiled(path, in_a_new_process, monkeypatch):
+    """As under a debugger, or where coverage is measured."""
+    script = """
+        import sys
+        import torch
+        from fastmnist.data.augment import Augmentation
+        from fastmnist.data.loader import Loader
+
+        kinds = {}, {"dtype": torch.float32, "augment": Augmentation(1.0)}, {"dtype": torch.float16}
+        print([float(images.double().sum()) for kind in kinds for images, _ in Loader(sys.argv[1], 32, **kind)])
+    """
+    compiled = in_a_new_process(script, path)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert json.loads(in_a_new_process(script, path)) == pytest.approx(json.loads(compiled), rel=1e-3)
 
 
 def test_a_beton_gives_back_its_descriptor(path):

@@ -38,7 +38,7 @@ class TensorLoader(Baseline):
 
     def close(self) -> None:
         super().close()
-        self._images = self._labels = torch.empty(0)
+        self._images = self._labels = torch.empty(0, device="cpu")
 
 
 LOADERS: dict[str, type[EpochLoader]] = {

@@ -112,6 +112,14 @@ class Beton:
                 self.path,
                 f"sample {sample} lies at byte {self.offsets[sample]}, outside {first}..{last}",
             )
+        # A reader of pages would look for the rest of it behind its own page.
+        straddling = np.flatnonzero(self.offsets % self.page_size > self.page_size - self.image_size)
+        if len(straddling):
+            sample = int(straddling[0])
+            raise damaged(
+                self.path,
+                f"sample {sample}, from byte {self.offsets[sample]} on, straddles two pages of {self.page_size} bytes",
+            )
         self._check_labels()
         self.closed = False
         self.data: np.ndarray = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -147,16 +155,30 @@ class Beton:
             raise DataError(f"{self.path}: its end cannot be read: {error.strerror}; {advice}") from None
         if len(end) != min(LAST_BYTES, self.file_size):
             raise DataError(f"{self.path}: {len(end)} of its last {LAST_BYTES} bytes can be read; {advice}")
-        if here.st_mtime_ns != self._changed:  # touched, perhaps no more
-            with Beton(self._absolute) as now:
-                if now.fingerprint != self.fingerprint:
-                    raise DataError(f"{self.path} was written to while it was open; {advice}")
+        if here.st_mtime_ns != self._changed:
+            self._check_rewritten(advice)
             self._changed = here.st_mtime_ns
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy in another process opens the path itself: the map does not travel."""
+    def _check_rewritten(self, advice: str) -> None:
+        """Raises DataError unless the file was only touched, which checksums alone can tell."""
+        written = f"{self.path} was written to while it was open"
+        if self.integrity is None:
+            raise DataError(f"{written}, and has no checksums to tell what is still right; {advice}")
+        try:
+            with Beton(self._absolute, "full") as now:
+                same = now.fingerprint == self.fingerprint
+        except DataError as error:
+            raise DataError(f"{written}: {error}") from None
+        if not same:
+            raise DataError(f"{written}; {advice}")
+
+    def identity(self) -> tuple[Path, str]:
+        """(absolute path, fingerprint): what `open_again` needs in another process, where the map does not travel."""
         self.check_open()
-        return _opened_again, (self._absolute, self.fingerprint)
+        return self._absolute, self.fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_again, self.identity()
 
     def _take(self, file: BinaryIO, dtype: np.dtype[Any], count: int, what: str) -> np.ndarray:
         wanted = dtype.itemsize * count
@@ -311,8 +333,14 @@ class Beton:
         self.close()
 
 
-def _opened_again(path: Path, fingerprint: str) -> Beton:
+def open_again(path: Path, fingerprint: str) -> Beton:
+    """The same file in a copy or in another process.
+
+    Raises:
+        DataError: another file is at `path`, or none.
+    """
     file = Beton(path)
     if file.fingerprint != fingerprint:
+        file.close()
         raise DataError(f"{path} is {file.fingerprint}, another file than the {fingerprint} that was sent here")
     return file

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
@@ -15,10 +17,10 @@ import numpy as np
 import torch
 
 from fastmnist.data.augment import Augmentation
-from fastmnist.data.beton import Beton, Verify
+from fastmnist.data.beton import Beton, Verify, open_again
 from fastmnist.data.host import pick_device, process_rank
 from fastmnist.data.order import EpochOrder, Kind, Uneven, Window
-from fastmnist.errors import ConfigError, DataError
+from fastmnist.errors import ConfigError, DataError, whole_number
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
@@ -54,8 +56,7 @@ class EpochLoader(ABC):
         indices: Sequence[int] | np.ndarray | None = None,
         verify: Verify = "size",
     ) -> None:
-        if batch_size < 1 or seed < 0:
-            raise ConfigError(f"batch_size {batch_size} must be at least 1, seed {seed} at least 0")
+        batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES)}")
         if augment is not None and dtype == torch.uint8:
@@ -144,6 +145,7 @@ class EpochLoader(ABC):
             running.check_thread()
         if self.needs_file:
             self.file.check_unchanged()
+        self._part_from_running()
         epoch, batch = self._next
         self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
         self._next = (epoch + 1, 0)
@@ -156,10 +158,19 @@ class EpochLoader(ABC):
         return self._samples(epoch)[0][: self._taken]
 
     def set_epoch(self, epoch: int) -> None:
-        """The next loop runs through this epoch, from its first batch."""
-        if epoch < 0:
-            raise ConfigError(f"epoch is 0 or more, not {epoch}")
-        self._next = self._state = (epoch, 0)
+        """The next loop runs through this epoch, from its first batch.
+
+        A loop that is under way goes on with its own batches, and no longer moves the loader's position.
+        """
+        self._stand_at(whole_number("epoch", epoch), 0)
+
+    def _stand_at(self, epoch: int, batch: int) -> None:
+        self._part_from_running()
+        self._next = self._state = (epoch, batch)
+
+    def _part_from_running(self) -> None:
+        if self._current is not None and (running := self._current()) is not None:
+            running.leads = False
 
     @property
     def epoch(self) -> int:
@@ -187,7 +198,7 @@ class EpochLoader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next loop goes on with the batch that `state` names.
+        """The next loop goes on with the batch that `state` names; one that is under way as after `set_epoch`.
 
         Raises:
             DataError: the state is of another file or of other settings; both values are named.
@@ -205,7 +216,7 @@ class EpochLoader(ABC):
             raise DataError(
                 f"the loader's state names batch {batch} of epoch {epoch}; an epoch has {len(self)} batches"
             )
-        self._next = self._state = (epoch, batch)
+        self._stand_at(epoch, batch)
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that make such a loader again, but for the file."""
@@ -226,7 +237,7 @@ class EpochLoader(ABC):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process opens the file itself and goes on with the same batch."""
         self._check_open()
-        return _made_again, (type(self), self.file, self._settings(), self.state_dict())
+        return _made_again, (type(self), *self.file.identity(), self._settings(), self.state_dict())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -255,20 +266,23 @@ class _Epoch(Iterator[Batch]):
     def __init__(self, loader: EpochLoader, epoch: int, first: int) -> None:
         self._loader, self._epoch, self._number, self._count = loader, epoch, first, len(loader)
         self._advance = loader._batches(epoch, first).__next__
-        self._thread: int | None = None  # the one that asks first
+        self._thread: threading.Thread | None = None  # the one that asks first
+        self._identifier = 0  # its
         self._done = False
+        self.leads = True  # moves the loader's position; until another epoch begins, or the loader is sent elsewhere
 
     def check_thread(self) -> None:
-        if not self._done and self._thread not in (None, get_ident()):
+        """Raises RuntimeError when another thread, which still lives, has begun with these batches."""
+        if not self._done and self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
             raise RuntimeError(
                 "another thread is in the middle of an epoch of this loader; let it finish, or give each thread a "
                 "loader of its own (with rank and world_size to share the samples)"
             )
 
     def __next__(self) -> Batch:
-        if self._thread != get_ident():
+        if self._identifier != get_ident():
             self.check_thread()
-            self._thread = get_ident()
+            self._thread, self._identifier = threading.current_thread(), get_ident()
         loader = self._loader
         if loader._closed or loader.file.closed:
             loader._check_open()
@@ -278,7 +292,8 @@ class _Epoch(Iterator[Batch]):
             self._done = True
             raise
         self._number = number = self._number + 1
-        loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
+        if self.leads:
+            loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
         return batch
 
 
@@ -288,8 +303,10 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} {value!r} is none of {', '.join(allowed)}")
 
 
-def _made_again(kind: type[EpochLoader], file: Beton, settings: dict[str, Any], state: dict[str, Any]) -> EpochLoader:
-    loader = kind(file, **settings)
-    loader._owns_file = True
+def _made_again(
+    kind: type[EpochLoader], path: Path, fingerprint: str, settings: dict[str, Any], state: dict[str, Any]
+) -> EpochLoader:
+    loader = kind(open_again(path, fingerprint), **settings)
+    loader._owns_file = True  # nobody else knows of it
     loader.load_state_dict(state)
     return loader

@@ -12,7 +12,7 @@ from joblib import cpu_count
 
 from fastmnist.data.augment import Augmentation
 from fastmnist.data.beton import Beton
-from fastmnist.data.buffers import BufferPool
+from fastmnist.data.buffers import BufferPool, tensor_maker
 from fastmnist.data.kernels import gather, gather_float32, gather_looked_up
 from fastmnist.data.normalise import normalisation_table
 from fastmnist.data.threads import Helpers, Piece
@@ -57,11 +57,10 @@ class HostGatherer:
         dtype: uint8, or a float type for normalised values.
         augment: applied to the images, if given.
         threads: that gather; 0 takes as many as pay.
-        reuse: hand out the same memory for each batch.
     """
 
     def __init__(
-        self, file: Beton, batch_size: int, dtype: torch.dtype, augment: Augmentation | None, threads: int, reuse: bool
+        self, file: Beton, batch_size: int, dtype: torch.dtype, augment: Augmentation | None, threads: int
     ) -> None:
         self.batch_size = batch_size
         self.dtype = dtype if augment is None else torch.float32
@@ -72,14 +71,15 @@ class HostGatherer:
         else:
             self._kernel, self._constants = _kernel(file, dtype)
         batch_bytes = batch_size * file.image_size * self.dtype.itemsize
-        together = 1 if reuse else max(1, min(MOST_TOGETHER, CALL_BYTES // batch_bytes))
+        together = max(1, min(MOST_TOGETHER, CALL_BYTES // batch_bytes))
         self._step = together * batch_size
         self.threads = threads or min(cpu_count(), MOST_COPYING_THREADS if augment is None else MOST_THREADS)
-        if reuse or together * batch_bytes < CALL_BYTES // 2:
+        if together * batch_bytes < CALL_BYTES // 2:
             self.threads = 1
         self._ahead = 2 * self.threads if self.threads > 1 else 1  # calls, so that no helper runs out of work
         self._helpers = Helpers(self.threads - 1)
-        self._pool = BufferPool(self._step, file.image_shape, self.dtype, keep=2 * self._ahead, reuse=reuse)
+        self._pool = BufferPool(self._step, file.image_shape, self.dtype, keep=2 * self._ahead)
+        self._tensor = tensor_maker(self.dtype)
 
     @property
     def lag(self) -> int:
@@ -94,8 +94,8 @@ class HostGatherer:
         meanwhile: called once in an epoch, to give the helpers something else to do.
         """
         calls = (part.cut(at, at + self._step) for part in parts for at in range(0, len(part.rows), self._step))
-        coming: deque[tuple[Part, torch.Tensor, Piece]] = deque()
-        given, size = 0, self.batch_size
+        coming: deque[tuple[Part, np.ndarray, Piece]] = deque()
+        given, size, tensor, labels_tensor = 0, self.batch_size, self._tensor, torch.from_numpy
         try:
             while True:
                 while given >= 0 and len(coming) < self._ahead:
@@ -105,7 +105,7 @@ class HostGatherer:
                         meanwhile(self._helpers)
                     if part is not None:
                         memory, images = self._pool.take(len(part.rows))
-                        work = self._helpers.submit(_gather, self._kernel, part, self._constants, memory, images)
+                        work = self._helpers.submit(_gather, self._kernel, part, self._constants, memory)
                         coming.append((part, images, work))
                 if not coming:
                     return
@@ -115,20 +115,18 @@ class HostGatherer:
                     if not any(later.run_if_free() for _, _, later in coming):
                         break
                 work.wait()
+                targets, count = labels[part.rows], len(part.rows)
                 del coming[0]
-                targets = torch.from_numpy(labels[part.rows])
-                whole, rest = divmod(len(part.rows), size)
-                if rest:
-                    yield from zip(images.split(size), targets.split(size), strict=True)
-                else:  # the same, in half the time
-                    yield from zip(images.chunk(whole), targets.chunk(whole), strict=True)
+                for start in range(0, count, size):
+                    stop = min(start + size, count)
+                    yield tensor(images[start:stop]), labels_tensor(targets[start:stop])
         finally:
             for _, _, work in coming:
                 work.cancel()
 
     def into(self, part: Part, images: np.ndarray, labels: np.ndarray, of: np.ndarray) -> None:
         """Gathers one batch into memory of the caller's: images (B, values), labels (B,) from `of`."""
-        _gather(self._kernel, part, self._constants, images, None)
+        _gather(self._kernel, part, self._constants, images)
         np.take(of, part.rows, out=labels, mode="clip")  # "raise" would copy through a buffer
 
     def end(self) -> None:
@@ -136,14 +134,7 @@ class HostGatherer:
         self._helpers.end()
 
 
-def _gather(
-    kernel: Callable[..., None],
-    part: Part,
-    constants: tuple[Any, ...],
-    memory: np.ndarray,
-    tensor: torch.Tensor | None,
-) -> None:
-    """One call. The tensor is an argument so that its memory is nobody else's before the call is over."""
+def _gather(kernel: Callable[..., None], part: Part, constants: tuple[Any, ...], memory: np.ndarray) -> None:
     moves = () if part.draws is None else (part.draws,)
     kernel(part.data, part.offsets, part.order, 0, *moves, *constants, memory)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastmnist.errors import ConfigError
+from fastmnist.errors import ConfigError, whole_number
 
 CONTROL_GROUPS, GROUPS_OF_THIS_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -34,7 +34,8 @@ def process_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if not (distributed.is_available() and distributed.is_initialized()):
             return 0, 1
         return distributed.get_rank(), distributed.get_world_size()
-    if not 0 <= rank < world_size:
+    rank, world_size = whole_number("rank", rank), whole_number("world_size", world_size, 1)
+    if rank >= world_size:
         raise ConfigError(f"rank {rank} must be 0 to world_size - 1, which is {world_size - 1}")
     return rank, world_size
 

@@ -54,4 +54,8 @@ def _prefetch(context, array, index):  # type: ignore[no-untyped-def]
     return types.void(array, types.int64), generate
 
 
-prefetch: Any = intrinsic(_prefetch)
+def _prefetch_nothing(array: Any, index: int) -> None:
+    """The same where numba is told to compile nothing (NUMBA_DISABLE_JIT=1), as debuggers and coverage ask for."""
+
+
+prefetch: Any = _prefetch_nothing if numba.config.DISABLE_JIT else intrinsic(_prefetch)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from fastmnist.data.order import EpochOrder, Kind, Uneven, Window
 from fastmnist.data.paging import WindowReader
 from fastmnist.data.threads import Helpers, Piece
 from fastmnist.data.transfer import copied_batches
-from fastmnist.errors import ConfigError
+from fastmnist.errors import whole_number
 
 __all__ = ["DTYPES", "Batch", "Loader"]
 
@@ -73,7 +73,6 @@ class Loader(EpochLoader):
             sample goes to one process, and all get equally many.
         uneven: what happens when world_size does not divide the samples: "pad" repeats some, "drop" leaves some out.
         indices: (n,) the samples to iterate over; None takes all.
-        reuse_buffers: hand out the same host memory for images each time: a batch is then valid only until the next.
         verify: how the file is checked when it is opened here ("size" or "full").
 
     Yields:
@@ -105,11 +104,9 @@ class Loader(EpochLoader):
         world_size: int | None = None,
         uneven: Uneven = "pad",
         indices: Sequence[int] | np.ndarray | None = None,
-        reuse_buffers: bool = False,
         verify: Verify = "size",
     ) -> None:
-        if threads < 0 or prefetch < 0:
-            raise ConfigError(f"threads {threads} and prefetch {prefetch} must be at least 0")
+        threads, prefetch = whole_number("threads", threads), whole_number("prefetch", prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
         self.placement: str = placement
         super().__init__(
@@ -128,7 +125,7 @@ class Loader(EpochLoader):
             indices=indices,
             verify=verify,
         )
-        self.threads, self.prefetch, self.reuse_buffers = threads, prefetch, reuse_buffers
+        self.threads, self.prefetch = threads, prefetch
         self._reading = Helpers(1)
         self._plan_ahead: tuple[int, Piece] | None = None
         self._prepare()
@@ -157,7 +154,6 @@ class Loader(EpochLoader):
             "placement": self.placement,
             "threads": self.threads,
             "prefetch": self.prefetch,
-            "reuse_buffers": self.reuse_buffers,
         }
 
     def _prepare(self) -> None:
@@ -185,7 +181,6 @@ class Loader(EpochLoader):
             self.dtype if here else torch.uint8,
             self.augment if here else None,
             self.threads,
-            self.reuse_buffers,
         )
 
     def _plan(self, epoch: int) -> Plan:
@@ -276,7 +271,7 @@ class Loader(EpochLoader):
             self._host.end()
         self._reading.end()
         self._data = np.empty(0, np.uint8)
-        self._device_images = self._device_labels = torch.empty(0)
+        self._device_images = self._device_labels = torch.empty(0, device="cpu")
         super().close()
 
 

@@ -31,7 +31,7 @@ class Normaliser:
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> np.ndarray:
     """(C, 256) int16 that carry the bits of a Normaliser for every byte; dtype is float16 or bfloat16."""
-    every_byte = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).expand(1, len(mean), 1, 256)
+    every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 1, 256).expand(1, len(mean), 1, 256)
     values = Normaliser(mean, std)(every_byte, dtype)
     table: np.ndarray = values.reshape(len(mean), 256).contiguous().view(torch.int16).numpy()
     return table

@@ -16,8 +16,8 @@ class _PinnedSlot:
     """Page-locked host memory for one batch, and the event that tells when its copy is done."""
 
     def __init__(self, batch_size: int, image_size: int) -> None:
-        self.images = torch.empty((batch_size, image_size), dtype=torch.uint8, pin_memory=True)
-        self.labels = torch.empty(batch_size, dtype=torch.int64, pin_memory=True)
+        self.images = torch.empty((batch_size, image_size), dtype=torch.uint8, device="cpu", pin_memory=True)
+        self.labels = torch.empty(batch_size, dtype=torch.int64, device="cpu", pin_memory=True)
         self.copied = torch.cuda.Event()
 
 
@@ -48,7 +48,8 @@ def copied_batches(
         slot.copied.synchronize()  # its previous copy, long since done
         count = len(part.rows)
         fill(part, slot.images.numpy()[:count], slot.labels.numpy()[:count])
-        with torch.cuda.stream(copies):
+        # Made now for a consumer to come: whether it is in inference mode by then is not known.
+        with torch.inference_mode(False), torch.cuda.stream(copies):
             images = finish(slot.images[:count].to(device, non_blocking=True), part.draws)
             labels = slot.labels[:count].to(device, non_blocking=True)
             slot.copied.record(copies)
