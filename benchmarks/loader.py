@@ -267,7 +267,6 @@ def main() -> None:
                 {
                     "loader": of_loader(Loader(path, **make)),
                     "loader, 1 thread": of_loader(Loader(path, **make, threads=1)),
-                    "loader, reused buffers": of_loader(Loader(path, **make, reuse_buffers=True)),
                     "index_select": selecting(images, labels, batch_size),
                     "copy": copying(images),
                     "ffcv": of_loader(FFCVLoader(path, **make)),

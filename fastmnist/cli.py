@@ -7,7 +7,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import Any
 
 import jsonargparse
@@ -50,7 +52,8 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
 
 def _given(arguments: Sequence[str], subcommand: str) -> dict[str, Any]:
     """What flags and a configuration file say, without defaults."""
-    return vars(getattr(build_parser().parse_args(arguments, defaults=False), subcommand))
+    with redirect_stderr(StringIO()):  # what there is to say of a file was said when it was parsed first
+        return vars(getattr(build_parser().parse_args(arguments, defaults=False), subcommand))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Optional
 
-from fastmnist.errors import ConfigError
+from fastmnist.errors import ConfigError, whole_number
 
 # Optional[...] instead of `| None`: the command line's types are read from these annotations on Python 3.10 too.
 # ruff: noqa: UP045
@@ -59,9 +60,6 @@ class DataConfig:
     order: Literal["auto", "random", "quasi_random"] = "auto"
     """Order of the training images: random, or some pages of the file at a time; auto does the latter where ours
     streams a file larger than the memory."""
-
-    reuse_buffers: bool = False
-    """Hand out the same memory for each batch (ours, ffcv): a training step needs none but its own."""
 
     prefetch_factor: Optional[int] = None
     """Batches that each process of a DataLoader is ahead; by default 2."""
@@ -202,6 +200,9 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             ("log_every", 1, math.inf),
         ):
             value = getattr(self, name)
+            if value is not None and name in WHOLE_NUMBERS:
+                value = whole_number(flag(name), value, -math.inf)
+                object.__setattr__(self, name, value)  # a plain int, also for one of numpy: YAML and JSON know no other
             if value is not None and not low <= value <= high:
                 limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
                 raise ConfigError(f"{flag(name)} {value}: must be {limit}")
@@ -209,6 +210,31 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{flag(name)} {value}: must be more than 0")
+        for name, neutral, needed in self._without_effect():
+            value = getattr(self, name)
+            if value not in (None, neutral):
+                shown = (
+                    f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name if value else f"no_{name}")
+                )
+                raise ConfigError(f"{shown}: has no effect without {needed}; leave it out")
+
+    def _without_effect(self) -> Iterator[tuple[str, Any, str]]:
+        """(name, the value that is taken anyway, what it needs) of each setting that changes nothing here."""
+        loader = self.loader
+        if loader not in ("ffcv", "dataloader", "tuned"):
+            yield "workers", None, "--loader ffcv, dataloader or tuned"
+        if loader != "ffcv":
+            yield "batches_ahead", 3, "--loader ffcv"
+            yield "os_cache", True, "--loader ffcv"
+        if loader not in ("dataloader", "tuned"):
+            for name in ("prefetch_factor", "persistent_workers", "pin_memory"):
+                yield name, None, "--loader dataloader or tuned"
+        elif self.workers == 0 or (self.workers is None and loader == "dataloader"):
+            yield "prefetch_factor", 2, "--workers of 1 or more"
+            yield "persistent_workers", loader == "tuned", "--workers of 1 or more"
+        if self.model != "resnet18":
+            yield "stem", "imagenet", "--model resnet18"
+            yield "live_taps", True, "--model resnet18"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -216,6 +242,15 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
     def recipe(self) -> dict[str, Any]:
         """All settings but the folders of this machine: what a result says that it was made with."""
         return {name: value for name, value in self.to_dict().items() if name not in FOLDERS}
+
+
+WHOLE_NUMBERS = frozenset(field.name for field in fields(TrainConfig) if field.type in ("int", "Optional[int]"))
+RETIRED = {"reuse_buffers": "every batch is safe to keep, at no cost"}  # settings of older versions, and why they went
+
+
+def without_retired(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a file that an older version wrote, without those that mean nothing any more."""
+    return {name: value for name, value in settings.items() if name not in RETIRED}
 
 
 FOLDERS = ("data_dir", "cache_dir", "out")  # of one machine: no part of what was measured

@@ -18,7 +18,7 @@ class ConfigError(FastmnistError):
     """A setting has a value that cannot work; the command line answers it with exit status 2."""
 
 
-def whole_number(name: str, value: Any, least: int = 0) -> int:
+def whole_number(name: str, value: Any, least: float = 0) -> int:
     """`value` as a Python int: those of numpy and torch are neither JSON nor loaded with weights_only.
 
     Raises:

@@ -104,6 +104,7 @@ def _absolute(folder: str | None) -> str | None:
 
 def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> RunLoaders:
     """The loaders of a resolved configuration, their batches on `device`; `config.loader` names that for training."""
+    _check_effect(config, device)
     training, validation = _split(files.train, config)
 
     common: dict[str, Any] = {
@@ -128,6 +129,17 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
         validation=None if validation is None else evaluation(files.train, validation),
         test=evaluation(files.test, None),
     )
+
+
+def _check_effect(config: TrainConfig, device: torch.device) -> None:
+    """Raises ConfigError for a setting that changes nothing on this device."""
+    if device.type == "cpu" and config.pin_memory:
+        raise ConfigError("--pin-memory: has no effect on a CPU; leave it out")
+    if config.prefetch != TrainConfig.prefetch and (device.type == "cpu" or config.placement == "resident"):
+        where = "on a CPU" if device.type == "cpu" else "with --placement resident"
+        raise ConfigError(f"--prefetch {config.prefetch}: has no effect {where}; leave it out")
+    if config.threads and device.type != "cpu" and config.placement == "resident":
+        raise ConfigError(f"--threads {config.threads}: has no effect with --placement resident; leave it out")
 
 
 def make_model(files: RunFiles, config: TrainConfig, device: torch.device) -> nn.Module:
@@ -155,14 +167,10 @@ def loader_settings(config: TrainConfig) -> dict[str, Any]:
     optional: dict[str, Any] = {}  # None is the loader's own default
     settings: dict[str, Any] = {"order": config.order}
     if config.loader == "ours":
-        settings |= _settings_of_ours(config) | {"reuse_buffers": config.reuse_buffers}
+        settings |= _settings_of_ours(config)
     elif config.loader == "ffcv":
         optional = {"workers": config.workers}
-        settings |= {
-            "batches_ahead": config.batches_ahead,
-            "os_cache": config.os_cache,
-            "reuse_buffers": config.reuse_buffers,
-        }
+        settings |= {"batches_ahead": config.batches_ahead, "os_cache": config.os_cache}
     elif config.loader in ("dataloader", "tuned"):
         names = ("workers", "prefetch_factor", "persistent_workers", "pin_memory")
         optional = {name: getattr(config, name) for name in names}

@@ -1,8 +1,11 @@
 """Settings: their checks, and the command line that is derived from them."""
 
+import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
+import torch
 
 from fastmnist.cli import build_parser
 from fastmnist.config import GROUPS, TrainConfig, flag
@@ -14,9 +17,9 @@ TRAIN_FLAGS = [
     "--amp", "--augment", "--batch-size", "--batches-ahead", "--cache-dir", "--channels-last", "--compile",
     "--config", "--data-dir", "--dataset", "--debug", "--device", "--epochs", "--images-seen", "--json",
     "--label-smoothing", "--learning-rate", "--live-taps", "--loader", "--log-every", "--model", "--momentum",
-    "--no-augment", "--no-channels-last", "--no-live-taps", "--no-os-cache", "--no-quiet", "--no-reuse-buffers",
+    "--no-augment", "--no-channels-last", "--no-live-taps", "--no-os-cache", "--no-quiet",
     "--no-tensorboard", "--optimizer", "--order", "--os-cache", "--out", "--persistent-workers", "--pin-memory",
-    "--placement", "--prefetch", "--prefetch-factor", "--preset", "--quiet", "--resume", "--reuse-buffers",
+    "--placement", "--prefetch", "--prefetch-factor", "--preset", "--quiet", "--resume",
     "--rotation", "--scale", "--seed", "--shift", "--stem", "--tensorboard", "--threads", "--tuned-on",
     "--val-size", "--verify", "--warmup", "--weight-decay", "--workers",
 ]
@@ -87,24 +90,77 @@ def test_a_config_file_sets_what_the_flags_set(tmp_path) -> None:
 
 def test_settings_of_loaders_come_from_a_file_and_from_flags(tmp_path) -> None:
     file = tmp_path / "tuned.yaml"
-    file.write_text(
-        "loader: ffcv\norder: quasi_random\nreuse_buffers: true\nprefetch_factor: 4\npersistent_workers: false\n"
-        "pin_memory: null\nbatches_ahead: 5\nos_cache: false\ntuned_on: 'a machine: 2 cores'\n"
-    )
-    names = ("order", "reuse_buffers", "prefetch_factor", "persistent_workers", "pin_memory", "batches_ahead")
+    names = ("order", "workers", "prefetch_factor", "persistent_workers", "pin_memory", "batches_ahead", "os_cache")
 
     def parsed(*arguments: str) -> list:
         values = build_parser().parse_args(["train", *arguments]).train
         TrainConfig(**{name: getattr(values, name) for name in TrainConfig.__dataclass_fields__})
-        return [getattr(values, name) for name in (*names, "os_cache", "tuned_on")]
+        return [getattr(values, name) for name in (*names, "tuned_on")]
 
-    in_file = ["quasi_random", True, 4, False, None, 5, False, "a machine: 2 cores"]
-    assert parsed() == ["auto", False, None, None, None, 3, True, None]
-    assert parsed("--config", str(file)) == in_file
-    flags = ["--order", "random", "--no-reuse-buffers", "--prefetch-factor", "1", "--persistent-workers", "true"]
-    flags += ["--pin-memory", "false", "--batches-ahead", "2", "--os-cache"]
-    assert parsed("--config", str(file), *flags) == ["random", False, 1, True, False, 2, True, in_file[-1]]
+    assert parsed() == ["auto", None, None, None, None, 3, True, None]
+    file.write_text("loader: ffcv\norder: quasi_random\nbatches_ahead: 5\nos_cache: false\ntuned_on: 'a machine: 2'\n")
+    assert parsed("--config", str(file)) == ["quasi_random", None, None, None, None, 5, False, "a machine: 2"]
+    flags = ["--order", "random", "--batches-ahead", "2", "--os-cache"]
+    assert parsed("--config", str(file), *flags) == ["random", None, None, None, None, 2, True, "a machine: 2"]
+    file.write_text("loader: tuned\nworkers: 2\nprefetch_factor: 4\npersistent_workers: false\npin_memory: null\n")
+    assert parsed("--config", str(file)) == ["auto", 2, 4, False, None, 3, True, None]
+    flags = ["--prefetch-factor", "1", "--persistent-workers", "true", "--pin-memory", "false"]
+    assert parsed("--config", str(file), *flags) == ["auto", 2, 1, True, False, 3, True, None]
     assert parsed("--config", str(file), "--persistent-workers", "null")[3] is None
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_tuned_file_of_an_older_version_is_read_and_one_line_names_what_went(value, tmp_path, capsys) -> None:
+    file = tmp_path / "tuned.yaml"
+    file.write_text(
+        "# Found by fastmnist tune.\nloader: ours\nbatch_size: 64\norder: auto\nplacement: auto\nthreads: 2\n"
+        f"prefetch: 3\nreuse_buffers: {value}\ntuned_on: a machine\n"
+    )
+    parsed = build_parser().parse_args(["train", "--config", str(file)]).train
+    assert (parsed.batch_size, parsed.threads) == (64, 2)
+    assert not hasattr(parsed, "reuse_buffers")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "reuse_buffers" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"workers": 2}, "workers"),
+        ({"loader": "tensors", "workers": 2}, "workers"),
+        ({"loader": "tuned", "batches_ahead": 4}, "batches_ahead"),
+        ({"os_cache": False}, "no_os_cache"),
+        ({"loader": "ffcv", "prefetch_factor": 4}, "prefetch_factor"),
+        ({"pin_memory": True}, "pin_memory"),
+        ({"persistent_workers": False}, "no_persistent_workers"),
+        ({"loader": "dataloader", "prefetch_factor": 4}, "prefetch_factor"),
+        ({"loader": "tuned", "workers": 0, "prefetch_factor": 4}, "prefetch_factor"),
+        ({"loader": "tuned", "workers": 0, "persistent_workers": False}, "no_persistent_workers"),
+        ({"model": "small-cnn", "stem": "cifar"}, "stem"),
+        ({"model": "small-cnn", "live_taps": False}, "no_live_taps"),
+    ],
+)
+def test_a_setting_that_changes_nothing_beside_the_others_is_refused(settings, name) -> None:
+    with pytest.raises(ConfigError, match=flag(name)):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("loader", ["dataloader", "tuned"])
+def test_what_the_tuner_writes_for_a_loader_without_workers_is_taken(loader) -> None:
+    TrainConfig(loader=loader, workers=0, prefetch_factor=2, persistent_workers=loader == "tuned", pin_memory=False)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
+def test_integers_of_numpy_and_torch_become_plain_ones(kind) -> None:
+    config = TrainConfig(batch_size=kind(64), seed=kind(3), val_size=kind(100))
+    assert json.loads(json.dumps(config.to_dict())) == TrainConfig(batch_size=64, seed=3, val_size=100).to_dict()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed", "val_size", "threads", "log_every"])
+def test_what_is_no_whole_number_is_refused_by_its_flag(name) -> None:
+    with pytest.raises(ConfigError, match=flag(name)):
+        TrainConfig(**{name: 2.0})
 
 
 @pytest.mark.parametrize("name", ["persistent_workers", "pin_memory"])

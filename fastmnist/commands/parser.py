@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import jsonargparse
+import yaml
 
-from fastmnist.config import FOLDERS, GROUPS, TrainConfig, flag
+from fastmnist.config import FOLDERS, GROUPS, RETIRED, TrainConfig, flag, without_retired
 from fastmnist.errors import ConfigError
 
 LONGEST_ERROR = 400  # characters; a file that is no configuration is quoted whole otherwise
@@ -30,6 +32,16 @@ class Parser(jsonargparse.ArgumentParser):
             options["action"] = jsonargparse.ActionYesNo(no_prefix="no-")
         hyphened = [name.replace("_", "-") if isinstance(name, str) else name for name in names]
         return super().add_argument(*hyphened, **options)
+
+    def parse_string(self, content: str, *args: Any, **options: Any) -> Any:
+        """A configuration file's settings. A line on stderr names those that mean nothing any more."""
+        with suppress(yaml.YAMLError):  # what is no YAML is refused below
+            settings = yaml.safe_load(content)
+            if isinstance(settings, dict) and not RETIRED.keys().isdisjoint(settings):
+                for name in sorted(RETIRED.keys() & settings):
+                    print(f"{name} means nothing any more: {RETIRED[name]}", file=sys.stderr)
+                content = yaml.safe_dump(without_retired(settings), sort_keys=False)
+        return super().parse_string(content, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(r'^Parser key "(\w+)":', lambda key: f"{flag(key[1])}:", message)

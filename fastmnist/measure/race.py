@@ -120,7 +120,7 @@ def _position(values: Sequence[Any], value: Any) -> int:
 
 
 def describe(settings: Settings, simplest: Settings) -> str:
-    """ "threads 2, reuse_buffers on"; "defaults" when nothing differs."""
+    """ "workers 2, os_cache off"; "defaults" when nothing differs."""
     parts = [
         f"{key} {'on' if value is True else 'off' if value is False else value}"
         for key, value in settings.items()

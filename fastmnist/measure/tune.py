@@ -165,7 +165,6 @@ def space_of(
             "placement": ["auto", "resident", "stream"] if gpu else ["auto", "resident"],
             "threads": sorted({0, 1, 2, cores}),
             "prefetch": [3, 1, 2, 8] if gpu else [3],
-            "reuse_buffers": [False, True],
         }
     if loader == "ffcv":
         return common | {
@@ -173,7 +172,6 @@ def space_of(
             "workers": sorted({1, min(2, cores), cores}),
             "batches_ahead": [3, 1, 8],
             "os_cache": [True, False],
-            "reuse_buffers": [False, True],
         }
     if loader in ("dataloader", "tuned"):
         return common | {
@@ -196,7 +194,7 @@ def simplest(settings: Settings, placement: str) -> Settings:
             found["placement"] = "auto"
         resident = (placement if found["placement"] == "auto" else found["placement"]) == "resident"
         if resident and torch.cuda.is_available():
-            found |= {"threads": 0, "prefetch": 3, "reuse_buffers": False}
+            found |= {"threads": 0, "prefetch": 3}
     if found["loader"] in ("dataloader", "tuned") and not found["workers"]:
         found |= {"prefetch_factor": 2, "persistent_workers": found["loader"] == "tuned"}
     return found
