@@ -1,16 +1,19 @@
 """Pictures of any kind come out as MNIST has them."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from fastmnist.data.picture import mnist_like, read_picture
+from fastmnist.data import picture as picture_module
+from fastmnist.data.picture import MOST_PIXELS, mnist_like, open_picture, read_picture
 from fastmnist.errors import FastmnistError
 
 UP = Image.Resampling.BICUBIC
@@ -159,6 +162,63 @@ def test_small_character_on_a_large_page():
     assert correlation(mnist_like(page), REFERENCES[6]) > 0.85
 
 
+# Each digit as lines through points of a square of side 1.
+LINES = {
+    1: [[(0.35, 0.25), (0.5, 0.1), (0.5, 0.9)]],
+    4: [[(0.6, 0.9), (0.6, 0.1), (0.2, 0.65), (0.8, 0.65)]],
+    5: [[(0.75, 0.1), (0.3, 0.1), (0.25, 0.45), (0.6, 0.42), (0.75, 0.65), (0.6, 0.85), (0.25, 0.85)]],
+    7: [[(0.2, 0.1), (0.8, 0.1), (0.4, 0.9)]],
+}
+
+
+def drawn(digit, side, width):
+    """The digit in lines of `width` pixels, black on white."""
+    field = Image.new("L", (side, side), 255)
+    for points in LINES[digit]:
+        ImageDraw.Draw(field).line([(x * side, y * side) for x, y in points], fill=0, width=width)
+    return field
+
+
+@settings(max_examples=20)
+@given(digit=st.sampled_from(sorted(LINES)), side=st.integers(40, 1024), width=st.integers(1, 2))
+def test_thin_strokes_give_the_same_view_at_any_size(digit, side, width):
+    result = mnist_like(drawn(digit, side, width))
+    assert result.max() > 150
+    thick = mnist_like(drawn(digit, 280, 20))
+    assert near(result, thick) > 0.8
+    assert 0.5 < result.sum() / thick.sum() < 1.3
+    assert near(result, mnist_like(drawn(digit, 400, 2))) > 0.9
+
+
+@pytest.mark.parametrize(("side", "least"), [(28, 0.7), (60, 0.8), (61, 0.8), (1500, 0.95), (2000, 0.95)])
+def test_thin_strokes_in_the_smallest_and_largest_pictures(side, least):
+    for digit in LINES:
+        assert near(mnist_like(drawn(digit, side, 1)), mnist_like(drawn(digit, 400, 2))) > least
+
+
+def test_two_far_dots_are_both_seen():
+    dots = Image.new("L", (400, 400), 255)
+    for at in ((40, 60), (350, 360)):
+        dots.putpixel(at, 0)
+    result = mnist_like(dots)
+    assert result[:14, :14].max() > 150
+    assert result[14:, 14:].max() > 150
+
+
+def test_dust_does_not_widen_the_box_and_a_dot_of_a_letter_does():
+    field = Image.new("L", (400, 400), 255)
+    pen = ImageDraw.Draw(field)
+    pen.line([(200, 150), (200, 300)], fill=0, width=20)
+    stem = mnist_like(field)
+    dusty = field.copy()
+    for x, y in ((3, 5), (390, 12), (8, 380)):
+        ImageDraw.Draw(dusty).rectangle((x, y, x + 3, y + 3), fill=0)
+    assert np.array_equal(mnist_like(dusty), stem)
+    pen.ellipse((192, 90, 207, 105), fill=0)
+    rows = mnist_like(field).any(axis=1)
+    assert rows.sum() < 20, "a gap is left between dot and stem"
+
+
 @pytest.mark.parametrize("size", [1, 8, 28, 32, 64])
 def test_size(size):
     result = mnist_like(DIGITS[0], size)
@@ -260,6 +320,96 @@ def test_file_that_was_cut_short(tmp_path, extension):
     cut.write_bytes(content[: len(content) // 2])
     with pytest.raises(FastmnistError, match=r"damaged|not an image"):
         read_picture(cut)
+
+
+def png_of(width, height):
+    """A PNG that claims that size, with next to no pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(100))), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (MOST_PIXELS + 1, 1), (8000, 6251)])
+def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch, width, height):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the limit does not lean on Pillow's
+    path = tmp_path / "large.png"
+    path.write_bytes(png_of(width, height))
+    with pytest.raises(FastmnistError, match=f"too many pixels.*{MOST_PIXELS:,}") as caught:
+        read_picture(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_largest_picture_is_still_read(monkeypatch):
+    content = io.BytesIO()
+    DIGITS[1].save(content, "PNG")
+    monkeypatch.setattr(picture_module, "MOST_PIXELS", 96 * 96)
+    assert open_picture(content, "it").size == (96, 96)
+    monkeypatch.setattr(picture_module, "MOST_PIXELS", 96 * 96 - 1)
+    with pytest.raises(FastmnistError, match="it has too many pixels"):
+        open_picture(content, "it")
+
+
+def written():
+    """(format, content) of the digit in every format that Pillow writes here, small, in the modes that it takes."""
+    Image.init()
+    found = []
+    for kind in sorted(Image.SAVE):
+        for mode in ("L", "P", "RGBA", "1", "I;16", "F"):
+            small = DIGITS[1].resize((32, 32))
+            if mode == "I;16":
+                small = Image.fromarray(np.asarray(small).astype(np.uint16) * 257)
+            content = io.BytesIO()
+            try:
+                small.convert(mode).save(content, kind)
+            except Exception:  # each plugin has errors of its own for what it does not take
+                continue
+            found.append((kind, content.getvalue()))
+    return found
+
+
+def damaged(random, content):
+    """Cut short, or with one to six bytes changed, most often near the start."""
+    if random.random() < 0.3:
+        return content[: random.integers(len(content))]
+    changed = bytearray(content)
+    for _ in range(random.integers(1, 7)):
+        end = min(len(changed), int(random.choice([64, 400, len(changed)])))
+        changed[random.integers(end)] = random.choice([0, 255, random.integers(256)])
+    return bytes(changed)
+
+
+def test_damaged_file_of_any_format_never_gives_another_error():
+    random = np.random.default_rng(0)
+    tried, refused = set(), set()
+    for kind, content in written():
+        tried.add(kind)
+        for _ in range(1 if kind == "ICNS" else 20):  # an icon of 1,024 x 1,024 takes longer
+            try:
+                result = mnist_like(open_picture(io.BytesIO(damaged(random, content)), kind))
+            except FastmnistError as error:
+                assert "\n" not in str(error)  # noqa: PT017 (either outcome is right)
+                refused.add(kind)
+            else:
+                assert result.shape == (28, 28)
+    assert tried == refused
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a codec's own"), KeyError("tag"), MemoryError(), AssertionError()])
+def test_any_error_of_a_decoder_is_a_damaged_file(monkeypatch, error):
+    content = io.BytesIO()
+    DIGITS[1].save(content, "PNG")
+
+    def fail(picture):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(FastmnistError, match=r"it is damaged or cut short \(.+\)"):
+        open_picture(content, "it")
 
 
 @settings(max_examples=40, deadline=None)

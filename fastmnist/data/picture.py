@@ -5,24 +5,29 @@ aspect ratio, fit the character into a 20x20 box with anti-aliasing, then put it
 of the 28x28 field.
 """
 
+import math
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 from fastmnist.errors import FastmnistError
 
 Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
+MOST_PIXELS = 50_000_000  # as many as a phone's photo has; they are counted before anything is decoded
 WORKING_SIDE = 1024  # pixels; a longer side is shrunk first, so that a phone's photo costs little
 LEAST_CONTRAST = 20.0  # of 255; weaker marks than this are paper grain or JPEG artefacts
 EDGE = 0.25  # of full ink; the character's box ends here, so soft upscaling does not widen it
 CUT = 0.08  # of full ink; weaker values are background
+SPECK = 0.01  # of the largest mark's area; a smaller mark is dust and does not widen the box
+LEAST_STROKE = 1.5 / 20  # of the character's longer side; MNIST's thin strokes, below which 28 pixels show too little
 WHITES = (255.0, 1023.0, 4095.0, 65535.0)  # the top of 8, 10, 12 and 16 bits
 BOX_SHARE = 20 / 28  # side of the box that holds the character over the side of the field
 
@@ -68,29 +73,44 @@ def read_picture(path: str | os.PathLike[str], size: int = 28) -> npt.NDArray[np
     file = Path(path)
     if file.is_dir():
         raise FastmnistError(f"{file} is a folder. Name one image file in it.")
+    picture = open_picture(file, str(file))
+    try:
+        return mnist_like(picture, size)
+    except FastmnistError as error:
+        raise FastmnistError(f"{file}: {error}") from error
+
+
+def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
+    """Decode an image, turned as its EXIF orientation says.
+
+    Args:
+        file: in any format that Pillow reads; of several frames the first is used.
+        name: what errors call it.
+
+    Raises:
+        FastmnistError: the file is missing, no image, damaged, or has more than MOST_PIXELS pixels.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does not matter here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
-                upright = ImageOps.exif_transpose(picture)  # this also decodes the pixels
+            with Image.open(file) as picture:  # reads the header alone
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise _too_large(name)
+                return ImageOps.exif_transpose(picture)  # this also decodes the pixels
+    except FastmnistError:
+        raise
     except FileNotFoundError:
-        raise FastmnistError(f"There is no file {file}. Check the name and the folder.") from None
+        raise FastmnistError(f"There is no file {name}. Check the name and the folder.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise FastmnistError(
-            f"{file} has too many pixels to be opened safely. Make it smaller or crop it to the character."
-        ) from None
+        raise _too_large(name) from None
     except UnidentifiedImageError:
-        raise FastmnistError(f"{file} is not an image that can be read. Save it as PNG or JPEG.") from None
+        raise FastmnistError(f"{name} is not an image that can be read. Save it as PNG or JPEG.") from None
     except PermissionError:
-        raise FastmnistError(f"{file} may not be read. Change its permissions or copy it.") from None
-    # Pillow's decoders have no common error: each of these comes from some kind of damaged file.
-    except (OSError, SyntaxError, EOFError, ValueError, LookupError, struct.error, zlib.error) as error:
-        raise FastmnistError(f"{file} is damaged or cut short ({error}). Save or copy it again.") from error
-    try:
-        return mnist_like(upright, size)
-    except FastmnistError as error:
-        raise FastmnistError(f"{file}: {error}") from error
+        raise FastmnistError(f"{name} may not be read. Change its permissions or copy it.") from None
+    except Exception as error:  # Pillow's decoders have no common error, and nothing but them runs here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FastmnistError(f"{name} is damaged or cut short ({reason}). Save or copy it again.") from error
 
 
 def _ink(picture: Image.Image) -> Floats:
@@ -125,12 +145,13 @@ def _ink(picture: Image.Image) -> Floats:
 def _planes(picture: Image.Image) -> tuple[Floats, Floats | None]:
     """Colours (H, W, 1 or 3) in 0..255 and alpha (H, W) in 0..1, or None where nothing is transparent."""
     if picture.mode.startswith(("I", "F")):
-        grey = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0.0, neginf=0.0)
+        grey = np.nan_to_num(np.array(picture, dtype=np.float32), copy=False, posinf=0.0, neginf=0.0)
         # These modes do not say what white is: take the smallest usual range that holds the values.
-        top = float(np.abs(grey).max())
+        top = float(max(grey.max(), -grey.min()))
         whites = (1.0, *WHITES) if picture.mode.startswith("F") else WHITES
         white = next((usual for usual in whites if top <= usual), top)
-        picture = Image.fromarray((grey * (255.0 / white)).astype(np.float32))
+        grey *= 255.0 / white
+        picture = Image.fromarray(grey)
         return np.asarray(_shrunk(picture), dtype=np.float64)[..., None], None
     try:
         if picture.has_transparency_data:
@@ -213,20 +234,34 @@ def _split(tone: Floats) -> float:
 
 def _fitted(ink: Floats, box: int) -> Floats:
     """The character cut out and scaled so that its longer side is `box` pixels, aspect ratio kept."""
-    marked = ink > EDGE
-    if min(ink.shape) > 3 * box:  # on a large picture a mark of a pixel or two is dust, not a stroke
-        padded = np.pad(marked, 1).astype(np.int64)
-        rows, columns = ink.shape
-        near = sum(padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3))
-        marked &= near >= 4
-        if not marked.any():
-            raise _blank()
-    rows_with, columns_with = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
-    cut = ink[rows_with[0] : rows_with[-1] + 1, columns_with[0] : columns_with[-1] + 1]
+    strokes = _without_specks(ink > EDGE)
+    rows, columns = np.flatnonzero(strokes.any(axis=1)), np.flatnonzero(strokes.any(axis=0))
+    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    cut, strokes = ink[window], strokes[window]
+    growth = (LEAST_STROKE * max(cut.shape) - _width(strokes)) / 2
+    if growth > 0:  # shrunk as they are, thin strokes would fade or vanish
+        room = math.ceil(growth)
+        distance = ndimage.distance_transform_edt(~np.pad(strokes, room))
+        cut = np.maximum(np.pad(cut, room), np.clip(growth + 1 - distance, 0.0, 1.0))
     scale = box / max(cut.shape)
     height, width = (max(1, round(side * scale)) for side in cut.shape)
     small = Image.fromarray(cut.astype(np.float32)).resize((width, height), Image.Resampling.HAMMING)
     return np.clip(np.asarray(small, dtype=np.float64), 0.0, 1.0)
+
+
+def _without_specks(marked: Mask) -> Mask:
+    """The marks of at least SPECK of the largest one's area; pieces at most two pixels apart are one broken stroke."""
+    around = np.ones((3, 3))
+    marks, _ = ndimage.label(ndimage.binary_dilation(marked, around), around)
+    areas = np.bincount(marks[marked])
+    kept: Mask = marked & (areas >= SPECK * areas.max())[marks]
+    return kept
+
+
+def _width(strokes: Mask) -> float:
+    """Width of the strokes in pixels, from how deep their pixels lie; rough edges and small holes change it little."""
+    depths = ndimage.distance_transform_edt(np.pad(strokes, 1))
+    return 2 * float(np.percentile(depths[depths > 0], 90, method="lower")) - 1
 
 
 def _centred(character: Floats, size: int) -> npt.NDArray[np.uint8]:
@@ -248,6 +283,12 @@ def _centred(character: Floats, size: int) -> npt.NDArray[np.uint8]:
     height, width = character.shape
     field[top : top + height, left : left + width] = np.rint(character * 255)
     return field
+
+
+def _too_large(name: str) -> FastmnistError:
+    return FastmnistError(
+        f"{name} has too many pixels (over {MOST_PIXELS:,}). Make it smaller or crop it to the character."
+    )
 
 
 def _blank() -> FastmnistError:
