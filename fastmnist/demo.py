@@ -5,7 +5,11 @@ from __future__ import annotations
 import atexit
 import io
 import json
+import re
+import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from fastmnist.data.normalise import Normaliser
-from fastmnist.data.picture import mnist_like
+from fastmnist.data.picture import mnist_like, open_picture
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.runfolder import RUNS
 from fastmnist.training.checkpoint import WEIGHTS, ModelCard, load_weights
 
 HOST = "127.0.0.1"  # never a name or address that others on the network reach
-NAMES = (HOST, "localhost")
+NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?", re.IGNORECASE)  # a browser leaves out ":80"
 TEMPLATE = "demo.html.jinja"
+PATIENCE = 10.0  # seconds: for a request to arrive, for an answer to leave, and for a turn to be read
 MOST_BYTES = 2_000_000  # of a drawing: a PNG of the page's canvas has some thousand
 POLICY = "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -38,6 +42,10 @@ class Seen:
 
     probabilities: np.ndarray
     image: np.ndarray
+
+
+class BusyError(FastmnistError):
+    """Other drawings are being read; the same request may succeed later."""
 
 
 class Reader:
@@ -52,23 +60,24 @@ class Reader:
         self.model, self.card = load_for_drawings(run)
         self.size = self.card.image_shape[0]
         self._normalise = Normaliser(self.card.mean, self.card.std)
-        self._lock = threading.Lock()  # requests come in threads of their own
+        self._turn = threading.Lock()  # requests come in threads of their own; a large picture takes much memory
 
     @torch.inference_mode()
     def read(self, drawing: bytes) -> Seen:
         """A picture in any format that Pillow reads, light on dark or dark on light.
 
         Raises:
-            FastmnistError: it is no picture, or nothing is on it.
+            FastmnistError: it is no picture, too large, damaged, or nothing is on it. BusyError: for PATIENCE
+            seconds other drawings were being read.
         """
+        if not self._turn.acquire(timeout=PATIENCE):
+            raise BusyError("other drawings are being read; try again")
         try:
-            with Image.open(io.BytesIO(drawing)) as picture:
-                image = mnist_like(picture, self.size)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise FastmnistError(f"the drawing cannot be read: {error}") from error
-        batch = torch.from_numpy(image).view(1, 1, self.size, self.size)
-        with self._lock:
+            image = mnist_like(open_picture(io.BytesIO(drawing), "the drawing"), self.size)
+            batch = torch.from_numpy(image).view(1, 1, self.size, self.size)
             probabilities = self.model(self._normalise(batch)).softmax(1)[0].numpy()
+        finally:
+            self._turn.release()
         return Seen(probabilities, image)
 
 
@@ -112,7 +121,8 @@ def serving(run: Path, port: int = 0, *, any_name: bool = False) -> Iterator[str
 
     Args:
         port: 0 takes a free one.
-        any_name: answer also what is asked for under another name than this machine's, as a proxy may do.
+        any_name: answer also what is asked for under another name than this machine's, or from a page of another
+            origin, as a proxy may do.
 
     Raises:
         FastmnistError: as `Reader`; the port is taken.
@@ -122,10 +132,9 @@ def serving(run: Path, port: int = 0, *, any_name: bool = False) -> Iterator[str
     reader = Reader(run)
     handler = type("Handler", (_Handler,), {"reader": reader, "content": page(reader.card), "any_name": any_name})
     try:
-        server = ThreadingHTTPServer((HOST, port), handler)
+        server = _Server((HOST, port), handler)
     except OSError as error:
         raise FastmnistError(f"--port {port} cannot be had: {error.strerror}; leave it out for a free one") from error
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="fastmnist-demo", daemon=True)
     thread.start()
     try:
@@ -136,13 +145,41 @@ def serving(run: Path, port: int = 0, *, any_name: bool = False) -> Iterator[str
         thread.join(5)
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that left is no error of ours
+            super().handle_error(request, client_address)
+
+
+class _Arriving(io.RawIOBase):
+    """A connection's bytes, all of which are to arrive before PATIENCE is over, however they drip in."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._until = time.monotonic() + PATIENCE
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long to arrive")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """GET / is the page; POST /predict takes a drawing and answers with probabilities and the model's own view."""
 
     reader: Reader
     content: bytes
     any_name: bool
-    timeout = 10  # seconds that a client may be silent
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Arriving(self.connection))
 
     def do_GET(self) -> None:
         if self._is_for_us("/"):
@@ -151,22 +188,40 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self._is_for_us("/predict"):
             return
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or not 0 < int(length) <= MOST_BYTES:
+        length = self.headers.get("Content-Length")
+        if length is None:
+            self._problem(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
+        elif not re.fullmatch("[0-9]+", length) or not length.strip("0"):
+            self._problem(HTTPStatus.BAD_REQUEST, f"Content-Length must be 1 to {MOST_BYTES}")
+        elif len(length) > len(str(MOST_BYTES)) or int(length) > MOST_BYTES:
             self._problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a drawing has 1 to {MOST_BYTES:,} bytes")
+        else:
+            self._read(int(length))
+
+    def _read(self, length: int) -> None:
+        try:
+            drawing = self.rfile.read(length)
+        except TimeoutError as error:
+            self._problem(HTTPStatus.REQUEST_TIMEOUT, str(error))
+            return
+        if len(drawing) < length:
+            self._problem(HTTPStatus.BAD_REQUEST, f"{len(drawing)} bytes came, not {length}")
             return
         try:
-            seen = self.reader.read(self.rfile.read(int(length)))
+            seen = self.reader.read(drawing)
+        except BusyError as error:
+            self._problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         except FastmnistError as error:
             self._problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-            return
-        found = {"probabilities": seen.probabilities.tolist(), "image": seen.image.tolist()}
-        self._answer(HTTPStatus.OK, "application/json", json.dumps(found).encode())
+        else:
+            found = {"probabilities": seen.probabilities.tolist(), "image": seen.image.tolist()}
+            self._answer(HTTPStatus.OK, "application/json", json.dumps(found).encode())
 
     def _is_for_us(self, path: str) -> bool:
-        # A page of another site can make a browser ask here under that site's name.
-        if not self.any_name and self.headers.get("Host", "").rpartition(":")[0] not in NAMES:
-            self._problem(HTTPStatus.FORBIDDEN, "asked for under another name")
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        # A page of another site can make a browser ask here, under that site's name or under ours.
+        if not self.any_name and (not NAMES.fullmatch(host) or origin not in (None, f"http://{host}")):
+            self._problem(HTTPStatus.FORBIDDEN, "asked for under another name, or by another site's page")
             return False
         if self.path != path:
             self._problem(HTTPStatus.NOT_FOUND, "there is / and /predict")
@@ -178,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, "application/json", json.dumps({"error": text}).encode())
 
     def _answer(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+        self.connection.settimeout(PATIENCE)
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
