@@ -76,15 +76,18 @@ def predict(run: str | Path, pictures: Sequence[str | Path]) -> list[Prediction]
     """What the run's model sees in pictures of any size, in colour or grey, dark on light or light on dark.
 
     Raises:
-        DataError: the folder holds no weights. FastmnistError: a picture cannot be read, or nothing is on it.
+        ConfigError: no picture is named, or the model does not take square grey images. DataError: the folder holds no
+        weights. FastmnistError: a picture cannot be read, or nothing is on it.
     """
+    paths = [Path(picture) for picture in pictures]
+    if not paths:
+        raise ConfigError("predict takes at least one picture: name an image file")
     model, card = load_weights(Path(run))
     height, width, channels = card.image_shape
     if channels != 1 or height != width:
         raise ConfigError(
             f"{run}: predict takes models of square grey images, this one was trained on {card.image_shape}"
         )
-    paths = [Path(picture) for picture in pictures]
     images = np.stack([read_picture(path, height) for path in paths])
     batch = torch.from_numpy(images).view(-1, 1, height, width)
     values = Normaliser(card.mean, card.std)(batch)

@@ -82,6 +82,11 @@ def test_it_answers_as_predict_does(address: str, run: Path, drawings: list[Path
         assert np.array(found["image"]).shape == (28, 28)
 
 
+def test_predict_without_pictures(run: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one picture"):
+        predict(run, [])
+
+
 def test_the_page_asks_nobody_else(address: str) -> None:
     status, headers, content = ask(address, "/")
     text = content.decode()
