@@ -1,17 +1,25 @@
-"""The Colab notebook: it runs from top to bottom, is kept without outputs, and names the right repository."""
+"""The Colab notebook: it installs only what is missing, runs from top to bottom, is kept without outputs, and names the
+right repository."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import venv
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "fastmnist_colab.ipynb"
+CONSTRAINTS = ROOT / "notebooks" / "colab-constraints.txt"
+COLAB = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#"))
 
 
 def cells() -> list[dict[str, Any]]:
@@ -33,6 +41,62 @@ def test_it_is_kept_without_outputs() -> None:
     code = [cell for cell in cells() if cell["cell_type"] == "code"]
     assert code
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+
+
+def test_colab_has_what_is_required() -> None:
+    required = {found.name: found.specifier for found in map(Requirement, requires("fastmnist") or [])}
+    assert {"torch", "torchvision", "numpy", "numba"} <= COLAB.keys() <= required.keys()
+    for name, version in COLAB.items():
+        assert required[name].contains(version), name
+
+
+def first_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, str]) -> set[str]:
+    """Names of what pip would install for the first cell in an environment with these packages and no fastmnist.
+
+    The cell runs as it is; its calls of pip are about an environment that has the packages' metadata alone, and
+    install nothing.
+    """
+    environment, checkout, report = tmp_path / "environment", tmp_path / "checkout", tmp_path / "report.json"
+    venv.create(environment)
+    (site,) = environment.glob("lib/python*/site-packages")
+    for name, version in there.items():
+        (site / f"{name}-{version}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
+    shutil.copytree(ROOT / "fastmnist", checkout / "fastmnist", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, checkout)
+
+    run, find_spec = subprocess.run, importlib.util.find_spec
+
+    def elsewhere(command: list[str], **options: Any) -> Any:
+        if command[1:3] == ["-m", "pip"]:
+            command = [*command[:3], "--python", str(environment / "bin" / "python"), *command[3:]]
+            if "install" in command:
+                command += ["--dry-run", "--report", str(report)]
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", elsewhere)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "fastmnist" else find_spec(name, *of)
+    )
+    monkeypatch.chdir(checkout)
+    exec("".join(cells()[1]["source"]), {})
+    return {package["metadata"]["name"].lower() for package in json.loads(report.read_text())["install"]}
+
+
+@pytest.mark.slow  # it asks the package index, as the next one does
+def test_the_first_cell_installs_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = first_cell(tmp_path, monkeypatch, COLAB | {"pillow": "11.3.0"})
+    assert {"fastmnist", "jsonargparse", "scikit-learn"} <= installed
+    assert installed.isdisjoint({*COLAB, "pillow"})
+
+
+@pytest.mark.slow
+def test_the_first_cell_replaces_nothing_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=r"torch.*==2\.5\.1"):
+        first_cell(tmp_path, monkeypatch, COLAB | {"torch": "2.5.1"})
+    assert not (tmp_path / "report.json").exists()
 
 
 def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
@@ -63,7 +127,11 @@ def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
 @pytest.mark.slow
 @pytest.mark.browser
 def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
-    printed, page = run(tmp_path, DATASET='"digits"', LADDER_IMAGES="512", BUDGET="2")
+    repository = f'"file://{ROOT}"'  # where fastmnist is missing, the first cell installs it from here
+    printed, page = run(tmp_path, DATASET='"digits"', LADDER_IMAGES="512", BUDGET="2", REPOSITORY=repository)
+    installed = re.findall(r"^installed: (.+)", printed, re.M)
+    assert len(installed) == (importlib.util.find_spec("fastmnist") is None)
+    assert not {word.split("==")[0] for word in " ".join(installed).split(", ")} & COLAB.keys()
     assert "digits: 1,437 training and 360 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None
