@@ -127,11 +127,12 @@ def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
 @pytest.mark.slow
 @pytest.mark.browser
 def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
+    missing = importlib.util.find_spec("fastmnist") is None
     repository = f'"file://{ROOT}"'  # where fastmnist is missing, the first cell installs it from here
     printed, page = run(tmp_path, DATASET='"digits"', LADDER_IMAGES="512", BUDGET="2", REPOSITORY=repository)
     installed = re.findall(r"^installed: (.+)", printed, re.M)
-    assert len(installed) == (importlib.util.find_spec("fastmnist") is None)
-    assert not {word.split("==")[0] for word in " ".join(installed).split(", ")} & COLAB.keys()
+    assert len(installed) == missing
+    assert not {package.split("==")[0] for line in installed for package in line.split(", ")} & COLAB.keys()
     assert "digits: 1,437 training and 360 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None
