@@ -179,13 +179,17 @@ def test_the_budget_is_kept(clock):
     assert any(c.reason == "out of budget" for c in found.race.candidates)
 
 
-def test_a_budget_too_small_names_a_better_one(clock):
+def test_a_slow_machine_still_compares_two_settings(clock):
     def slow(batch):
         clock.sleep(0.5)
 
-    with pytest.raises(ConfigError, match=r"--budget 1.5: after \d+ s no two settings were measured; give about \d+ s"):
-        tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, slow, budget=1.5)
-    with pytest.raises(ConfigError, match=r"--budget 0.1: nothing is measured"):
+    found = tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, slow, budget=1.5)
+    measured = [candidate for candidate in found.race.candidates if candidate.values]
+    assert len(measured) == 2
+
+
+def test_a_budget_that_measures_nothing_is_refused(clock):
+    with pytest.raises(ConfigError, match=r"--budget 0.1"):
         tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, budget=0.1)
 
 

@@ -94,7 +94,7 @@ def doctor_command(options: Any) -> int:
 
 def describe_tune() -> Parser:
     parser = new_parser("Tune a run's loader on this machine: the fastest settings, as YAML for train --config.")
-    parser.add_argument("--budget", type=float, default=30.0, help="Seconds in all.")
+    parser.add_argument("--budget", type=float, default=30.0, help="Seconds in all; two settings are compared anyway.")
     parser.add_argument("--loader-only", action="store_true", help="Measure the loader alone, without the model.")
     parser.add_argument(
         "--max-memory", type=Optional[float], metavar="MB", help="Megabytes that loaders may take while they are tried."

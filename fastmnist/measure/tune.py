@@ -110,7 +110,7 @@ def tune_loader(
         space: the values of each setting, the simplest first: {"num_workers": [0, 1, 2, 4], "prefetch_factor": [2, 4]}.
         step: one training step with a batch as the loader yields it; None measures the loader alone. Its weights
             change: hand it a copy of your model.
-        budget: seconds in all.
+        budget: seconds in all; two settings are compared however long that takes.
         max_memory: bytes that loaders which are open at the same time may take; what takes more is left out.
         ahead: batches that a loader with these settings may have ready before they are asked for, which are used up
             before a turn is timed; by default num_workers * prefetch_factor.
