@@ -16,15 +16,16 @@ import torch
 
 from fastmnist.config import TrainConfig, flag
 from fastmnist.data.loader import Loader
-from fastmnist.errors import ConfigError, DataError
+from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.interrupt import stop_on_ctrl_c
 from fastmnist.measure.environment import hardware, tuned_on, versions
 from fastmnist.report.events import summary_writer, tensorboard_events
 from fastmnist.report.progress import Reporter, duration
-from fastmnist.runfolder import RunFolder
+from fastmnist.runfolder import CONFIG, RunFolder, checked_settings
 from fastmnist.session import make_loaders, make_model, open_files
 from fastmnist.training.checkpoint import (
     CHECKPOINT,
+    Checkpoints,
     ModelCard,
     load_checkpoint,
     save_checkpoint,
@@ -34,9 +35,7 @@ from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import Evaluation, StopRequested, evaluate_model
 from fastmnist.training.loop import Record, Trainer
 from fastmnist.training.model import count_parameters
-from fastmnist.training.precision import choose_compile, choose_device, choose_precision
-
-SAVE_EVERY = 30.0  # seconds of training between two checkpoints at epochs' ends
+from fastmnist.training.precision import Precision, choose_compile, choose_device, choose_precision, keep_precision
 
 
 @dataclass
@@ -98,14 +97,35 @@ def resume(
         given: settings that must be those of the run; any other value is refused.
 
     Raises:
-        FastmnistError: as `train`; also when the run is complete, or its data or its settings have changed.
+        FastmnistError: as `train`; also when the run is complete, another process is writing it, or its data or its
+            settings have changed.
     """
     run = RunFolder(Path(folder))
-    saved, state = load_checkpoint(run.path)
+    if any((run.path / name).exists() for name in (CONFIG, CHECKPOINT)):
+        try:
+            run.claim()
+        except OSError as error:
+            raise FastmnistError(f"{run.path}: cannot be written: {error.strerror or error}") from error
+    try:
+        return _resume_claimed(run, given or {}, reporter, started)
+    finally:
+        run.release()
+
+
+def _resume_claimed(
+    run: RunFolder, given: dict[str, Any], reporter: Reporter | None, started: float | None
+) -> TrainResult:
+    if (run.path / CONFIG).exists() and not (run.path / CHECKPOINT).exists():
+        raise DataError(
+            f"{run.path}: this run was stopped at step 0, before its first checkpoint: there is config.yaml, and "
+            f"nothing to go on from; fastmnist train --config {run.path / CONFIG} begins it again, in a new folder"
+        )
+    content, state = load_checkpoint(run.path)
+    saved = checked_settings(content, f"{run.path / CHECKPOINT}: ")
     in_file = run.read_config()
     for source, values, names in (
-        (f"{run.path / 'config.yaml'} has", in_file, sorted(saved.keys() | in_file.keys())),
-        ("the command line has", given or {}, sorted(given or {})),
+        (f"{run.path / CONFIG} has", in_file, sorted(saved.keys() | in_file.keys())),
+        ("the command line has", given, sorted(given)),
     ):
         for name in names:
             before, now = (mapping.get(name, "nothing") for mapping in (saved, values))
@@ -115,9 +135,18 @@ def resume(
                     "a resumed run keeps its settings: take the change back, or begin a new run"
                 )
     config = TrainConfig(**saved)
-    if run.read_summary().get("interrupted") is False:
+    summary = run.read_summary()
+    if summary.get("interrupted") is False:
         raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
-    return _Run(config, reporter or Reporter(config.quiet), started).execute((run, state))
+    return _Run(config, reporter or Reporter(config.quiet), started).execute(
+        (run, {"amp": _begun(summary, state)} | state)
+    )
+
+
+def _begun(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """The precision of a run whose checkpoint is too old to name it, as far as it is known."""
+    scaler = state.get("scaler")
+    return "fp16" if isinstance(scaler, dict) and scaler else summary.get("amp")
 
 
 class _Run:
@@ -136,7 +165,7 @@ class _Run:
             self.reporter.say(self.files.note)
         device = choose_device(self.config.device)
         self._compare_with_tuning(device)
-        self.precision = choose_precision(self.config.amp, device)
+        self.precision = self._choose_precision(device, None if resumed is None else resumed[1])
         choose_compile(self.config.compile, device, 0.0)  # says at once what cannot work
         with self.clocks.measure("data"):
             self.loaders = make_loaders(self.files, self.config, device)
@@ -146,18 +175,18 @@ class _Run:
         self.parameters = count_parameters(model)
         self.trainer = Trainer(model, self.loaders.train, self.config, self.precision)
         self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
+        self.records: list[Record] = []
         if resumed is None:
             self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
             self.config = replace(self.config, out=None)  # run again, it takes a new folder
-            self.records: list[Record] = []
         else:
             self.folder = resumed[0]
-            self._check_test_file(resumed[1])
-            self.trainer.load_state_dict(resumed[1])
-            self.records = self.folder.forget_after(self.trainer.step)
-        self._announce()
         try:
-            self.folder.write_config(self.config)
+            if resumed is None:
+                self.folder.write_config(self.config)
+            else:
+                self._load(resumed[1])
+            self._announce()
             self._set_up_compile()
             return self._train()
         except BaseException:
@@ -165,8 +194,31 @@ class _Run:
                 self.folder.discard()  # nothing in it could be gone on from
             raise
         finally:
+            self.folder.release()
             self.loaders.close()
             self.files.close()
+
+    def _choose_precision(self, device: torch.device, state: dict[str, Any] | None) -> Precision:
+        """A run that goes on keeps its precision, whatever would be chosen on this device."""
+        if state is None or (state["amp"] is None and self.config.amp != "auto"):
+            return choose_precision(self.config.amp, device)
+        if state["amp"] is not None:
+            return keep_precision(state["amp"], device)
+        chosen = choose_precision("auto", device)
+        if chosen.scaled:  # its gradients had no scaler
+            raise ConfigError(
+                "the run was begun with --amp bf16 or off, its checkpoint does not say which, and this device has "
+                "fp16: resume it where it was begun, or begin a new run"
+            )
+        return chosen
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self._check_test_file(state)
+            self.trainer.load_state_dict(state | {"amp": self.precision.name})
+        except DataError as error:
+            raise DataError(f"{self.folder.path / CHECKPOINT}: {error}; begin the run anew, or restore it") from error
+        self.records = self.folder.forget_after(self.trainer.step)
 
     def _compare_with_tuning(self, device: torch.device) -> None:
         here = tuned_on(device, self.files.train.image_shape, str(self.config.dataset))
@@ -209,6 +261,7 @@ class _Run:
     def _train(self) -> TrainResult:
         with (
             stop_on_ctrl_c(self.reporter.say) as stop,
+            Checkpoints(self.folder.path, self.config.to_dict()) as self.checkpoints,
             tensorboard_events(self.folder.path, self.config.tensorboard) as events,
         ):
             self.events = events
@@ -218,7 +271,9 @@ class _Run:
                 evaluation = self._evaluate(self.loaders.test, stop) if done else None
             except StopRequested:
                 evaluation = None
-            self._save_checkpoint()
+            self.folder.check()
+            self.checkpoints.wait()
+            save_checkpoint(self.folder.path, self.config.to_dict(), self._state())
             save_weights(self.folder.path, self.trainer.model, self.card)
             summary = self._summary(evaluation)
             self._draw(evaluation, summary)
@@ -229,7 +284,7 @@ class _Run:
 
     def _epochs(self, stop: Callable[[], bool]) -> bool:
         """All epochs that are left; False when the user stopped in between."""
-        trainer, saved = self.trainer, self.trainer.seconds
+        trainer = self.trainer
         finished = trainer.finished_epoch
         if finished is not None and not self._knows(finished):  # its validation was interrupted
             self._finish_epoch(trainer.epoch_record(finished), stop)
@@ -239,20 +294,22 @@ class _Run:
                     stop=stop,
                     on_log=self._log,
                     on_tick=lambda record: self.reporter.show(record, self.epochs),
+                    after_step=self._keep_state,
                 )
                 if record is None:
                     return False
                 self._finish_epoch(record, stop)
-                if trainer.seconds - saved > SAVE_EVERY and trainer.step < trainer.steps:
-                    self._save_checkpoint()
-                    saved = trainer.seconds
                 if stop():
                     return False
         return True
 
-    def _save_checkpoint(self) -> None:
-        state = self.trainer.state_dict() | {"test_file": self.files.test.fingerprint}
-        save_checkpoint(self.folder.path, self.config.to_dict(), state)
+    def _keep_state(self) -> None:
+        if self.checkpoints.due():
+            self.folder.check()
+            self.checkpoints.begin(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return self.trainer.state_dict() | {"test_file": self.files.test.fingerprint}
 
     def _check_test_file(self, state: dict[str, Any]) -> None:
         """The loader's state names the training file; the test file must be the same too."""

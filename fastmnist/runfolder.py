@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import yaml
 
-from fastmnist.config import TrainConfig
+from fastmnist.config import TrainConfig, flag
 from fastmnist.errors import ConfigError, DataError, FastmnistError
-from fastmnist.files import write_bytes
+from fastmnist.files import open_alone, remove_orphans, write_bytes
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+LOCK = ".lock"  # there while a process writes the folder
+LONGEST_CONFIG = 1 << 16  # bytes; ours have 2,000, and YAML takes a second for a tenth of a megabyte
 RUNS = Path("runs")
 
 
 class RunFolder:
-    """Writes and reads what a run keeps as text."""
+    """Writes and reads what a run keeps as text; between `claim` and `release` no other process writes there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: BinaryIO | None = None
+        self._identity: os.stat_result
 
     @classmethod
     def create(cls, out: str | None, dataset: str) -> RunFolder:
-        """A new folder: `out`, which must be new or empty, or the next runs/<date>-<dataset>-<n>.
+        """A new folder, claimed: `out`, which must be new or empty, or the next runs/<date>-<dataset>-<n>.
+
+        A folder in which a killed process left nothing but temporary files counts as empty.
 
         Raises:
             ConfigError: `out` holds something. FastmnistError: the folder cannot be made.
@@ -35,56 +45,117 @@ class RunFolder:
         try:
             if out is not None:
                 path = Path(out).expanduser()
-                path.mkdir(parents=True, exist_ok=True)
-                if any(path.iterdir()):
+                folder = cls._claimed_if_empty(path)
+                if folder is None:
                     raise ConfigError(f"--out {path}: there is something in it; name a new folder, or --resume it")
-                return cls(path)
-            number = 1
+                return folder
+            number = 0
             while True:
+                number += 1
                 path = RUNS / f"{date.today().isoformat()}-{dataset}-{number}"
-                try:
-                    path.mkdir(parents=True)
-                except FileExistsError:
-                    number += 1
-                else:
-                    return cls(path)
+                if path.is_dir() or not path.exists():
+                    folder = cls._claimed_if_empty(path)
+                    if folder is not None:
+                        return folder
         except OSError as error:
             raise FastmnistError(
                 f"{path}: cannot be made: {error.strerror or error}; name a folder that can be written with --out"
             ) from error
 
+    @classmethod
+    def _claimed_if_empty(cls, path: Path) -> RunFolder | None:
+        path.mkdir(parents=True, exist_ok=True)
+        there = list(path.iterdir())
+        if there and not any(entry.name == LOCK or entry.suffix == ".tmp" for entry in there):
+            return None  # of a run that ended
+        folder = cls(path)
+        try:
+            folder.claim()
+        except FastmnistError:
+            return None
+        if all(entry.name == LOCK for entry in path.iterdir()):
+            return folder
+        folder.release()
+        return None
+
+    def claim(self) -> None:
+        """Keeps other processes from writing here until `release`, or the end of this process.
+
+        Temporary files of killed processes are removed.
+
+        Raises:
+            FastmnistError: another process is writing here. OSError: nobody can write here.
+        """
+        self._lock = open_alone(
+            self.path / LOCK, f"{self.path}: another process is writing this run; wait for it to end, or stop it first"
+        )
+        self._identity = os.stat(self.path)
+        remove_orphans(self.path)
+
+    def release(self) -> None:
+        """Lets other processes write here; may be called again."""
+        if self._lock is not None:
+            if self._is_there():
+                (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
     def discard(self) -> None:
-        """Removes the folder and what is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes the folder and what is in it; not one that has come to its place since."""
+        if self._is_there():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def check(self) -> None:
+        """Raises FastmnistError when the claimed folder is no longer there: nothing is to be written in its place."""
+        if not self._is_there():
+            raise FastmnistError(
+                f"{self.path}: this folder was deleted, moved or replaced while it was being written; nothing more is "
+                "written there: begin a new run, or resume the folder where it is now"
+            )
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(self._identity, os.stat(self.path))
+        except OSError:
+            return False
 
     def write_config(self, config: TrainConfig) -> None:
         self._write(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     def read_config(self) -> dict[str, Any]:
-        """The settings in config.yaml as they stand there; raises DataError when it is missing or no mapping."""
+        """The settings in config.yaml, which may be fewer than there are.
+
+        Raises:
+            DataError: the file is missing or damaged. ConfigError: it has a setting that there is not, or of a wrong
+            type.
+        """
         path = self.path / CONFIG
-        try:
+        with _reading(path, advice := "restore it, or begin the run anew"):
+            if path.stat().st_size > LONGEST_CONFIG:
+                raise ValueError(f"more than {LONGEST_CONFIG:,} bytes")
             values = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{path}: cannot be read: {reason}; restore it, or begin the run anew") from error
         if not isinstance(values, dict):
-            raise DataError(f"{path}: holds no settings; restore it, or begin the run anew")
-        return values
+            raise DataError(f"{path}: holds no settings; {advice}")
+        return checked_settings(values, f"{path}: ")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write(SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """What summary.json says; empty where the run has not come that far."""
-        try:
-            content = json.loads((self.path / SUMMARY).read_text())
-        except (OSError, ValueError):
+        """What summary.json says; empty where the run has not come that far. Raises DataError when it is damaged."""
+        path, advice = self.path / SUMMARY, "delete it, and --resume writes it again"
+        if not path.exists():
             return {}
-        return content if isinstance(content, dict) else {}
+        with _reading(path, advice):
+            content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise DataError(f"{path}: holds no summary; {advice}")
+        return content
 
     def append(self, record: Mapping[str, Any]) -> None:
         """One more line of metrics.jsonl."""
+        self.check()
         path = self.path / METRICS
         try:
             with open(path, "a") as file:
@@ -93,18 +164,23 @@ class RunFolder:
             raise FastmnistError(f"{path}: cannot be written: {error.strerror or error}; make room") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last line that was cut short by a crash is left out."""
-        try:
-            lines = (self.path / METRICS).read_text().splitlines()
-        except FileNotFoundError:
+        """All lines of metrics.jsonl; a last one that a crash cut short is left out.
+
+        Raises:
+            DataError: another line is damaged.
+        """
+        path = self.path / METRICS
+        if not path.exists():
             return []
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+        with _reading(path, "restore or delete it"):
+            *lines, rest = path.read_bytes().split(b"\n")
+        found = []
+        for number, line in enumerate(lines, 1):
+            with _reading(path, "delete that line", f"line {number} "):
+                found.append(_record(line))
+        with suppress(Exception):
+            found.append(_record(rest))
+        return found
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines of steps after `step`, which will be done again, and returns those that stay."""
@@ -113,4 +189,70 @@ class RunFolder:
         return kept
 
     def _write(self, name: str, text: str) -> None:
+        self.check()
         write_bytes(self.path / name, text.encode())
+
+
+def checked_settings(values: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
+    """Settings of a run with numbers of numpy made plain, as YAML, JSON and a checkpoint keep them.
+
+    Args:
+        values: from names to values; some may be missing.
+        source: what the message of an error begins with.
+
+    Raises:
+        ConfigError: there is no such setting, or its value has another type; names it.
+    """
+    types, checked = get_type_hints(TrainConfig), {}
+    for name, value in values.items():
+        if name not in types:
+            raise ConfigError(f"{source}{flag(_short(name))} is no setting of a run; take it out")
+        plain = value.item() if isinstance(value, np.generic) else value
+        if not _fits(plain, types[name]):
+            raise ConfigError(f"{source}{flag(name)} {_short(value)}: must be {_type_name(types[name])}")
+        checked[name] = plain
+    return checked
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is Union:
+        return any(_fits(value, each) for each in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    names = [each.__name__ for each in get_args(kind) or (kind,) if each is not NoneType]
+    return " or ".join(names)
+
+
+def _short(value: Any) -> str:
+    """Of what a damaged file holds; a list of lists may be endless when it is written out."""
+    return str(value)[:40] if isinstance(value, (str, int, float, bool)) else f"of type {type(value).__name__}"
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; raises ValueError when it is none."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or record.get("kind") not in ("step", "epoch"):
+        raise ValueError("no record of a step or an epoch")
+    for name in ("step", "epoch"):
+        if type(record.get(name)) is not int:
+            raise ValueError(f"{name} is no whole number")
+    wrong = [name for name, value in record.items() if name != "kind" and type(value) not in (int, float, NoneType)]
+    if wrong:
+        raise ValueError(f"{_short(wrong[0])} is no number")
+    return record
+
+
+@contextmanager
+def _reading(path: Path, advice: str, where: str = "") -> Iterator[None]:
+    """Raises DataError for whatever a parser raises, which for a damaged file may be anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: {where}cannot be read: {reason}; {advice}") from error

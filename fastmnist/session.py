@@ -19,6 +19,7 @@ from fastmnist.data.epochs import EpochLoader
 from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import CompileProgress, prepare
 from fastmnist.errors import ConfigError, DataError
+from fastmnist.runfolder import checked_settings
 from fastmnist.training.evaluate import EVALUATION_BATCH
 from fastmnist.training.live_taps import use_live_taps
 from fastmnist.training.loop import DEFAULT_RATES
@@ -60,8 +61,9 @@ def open_files(config: TrainConfig, progress: CompileProgress) -> tuple[RunFiles
     """Compiles what is missing, opens both files, and fills in every setting that depends on them.
 
     Raises:
-        DataError: the data cannot be used. ConfigError: the settings do not fit the data.
+        DataError: the data cannot be used. ConfigError: a setting has the wrong type, or does not fit the data.
     """
+    config = replace(config, **checked_settings(config.to_dict()))
     prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=progress)
     files = RunFiles(Beton(prepared.train, config.verify), Beton(prepared.test, config.verify), prepared.note)
     train, test = files.train, files.test

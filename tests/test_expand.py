@@ -23,7 +23,8 @@ from scipy.interpolate import BSpline
 from scipy.ndimage import map_coordinates
 
 from fastmnist.cli import main
-from fastmnist.data import deform, journal
+from fastmnist import files
+from fastmnist.data import deform
 from fastmnist.data.beton import Beton
 from fastmnist.data.deform import Deformer
 from fastmnist.data.expand import write_expanded
@@ -359,7 +360,7 @@ def test_a_second_process_is_kept_out(source, whole, tmp_path):
     interrupted(path, source, 2)
     before = [p.read_bytes() for p in sorted(tmp_path.iterdir())]
     with open(tmp_path / "a.beton.journal") as first:
-        journal.fcntl.flock(first, journal.fcntl.LOCK_EX)
+        files.fcntl.flock(first, files.fcntl.LOCK_EX)
         with pytest.raises(FastmnistError, match=r"a\.beton: another process is writing it"):
             write_expanded(path, source, FACTOR)
     assert [p.read_bytes() for p in sorted(tmp_path.iterdir())] == before
@@ -370,7 +371,7 @@ def test_a_journal_that_its_owner_deletes_is_opened_anew(tmp_path, monkeypatch):
     """Between this process's opening and locking it the other one finishes."""
     path = tmp_path / "journal"
     path.write_bytes(b"old\n00000000\n")
-    lock, calls = journal.fcntl.flock, []
+    lock, calls = files.fcntl.flock, []
 
     def late(*arguments):
         calls.append(arguments)
@@ -381,7 +382,7 @@ def test_a_journal_that_its_owner_deletes_is_opened_anew(tmp_path, monkeypatch):
             path.write_bytes(b"third\n")
         lock(*arguments)
 
-    monkeypatch.setattr(journal.fcntl, "flock", late)
+    monkeypatch.setattr(files.fcntl, "flock", late)
     with Journal(path, "new") as notes:
         notes.add(7)
     assert len(calls) == 3

@@ -40,6 +40,7 @@ def describe_bench() -> Parser:
 
 
 def bench_command(options: Any) -> int:
+    from fastmnist.files import write_bytes
     from fastmnist.measure.bench import FULL, QUICK, bench, bench_file, choose_sides
     from fastmnist.report.bars import plot_bars
     from fastmnist.report.progress import Reporter
@@ -64,7 +65,7 @@ def bench_command(options: Any) -> int:
         for line in footnotes(found.rows):
             reporter.say(line)
         write_json(str(folder / "bench.json"), found.to_dict())
-        (folder / "bench.md").write_text(markdown(found.rows))
+        write_bytes(folder / "bench.md", markdown(found.rows).encode())
         loaders = [row for row in found.rows if row["group"] == "loader"]
         plot_bars(loaders, [folder / "bench.png", folder / "bench.svg"])
     reporter.say(f"{folder} has the table, the picture and all values. {found.seconds:.0f} s in all.")
@@ -192,6 +193,7 @@ def describe_ladder() -> Parser:
 
 
 def ladder_command(options: Any) -> int:
+    from fastmnist.files import write_bytes
     from fastmnist.ladder import default_images, ladder
     from fastmnist.report.ladder import ladder_markdown, ladder_table, notes, plot_ladder
     from fastmnist.report.progress import Reporter
@@ -215,7 +217,7 @@ def ladder_command(options: Any) -> int:
         for line in notes(found.rows):
             reporter.say(line)
         write_json(str(folder / "ladder.json"), found.to_dict())
-        (folder / "ladder.md").write_text(ladder_markdown(found.to_dict()))
+        write_bytes(folder / "ladder.md", ladder_markdown(found.to_dict()).encode())
         plot_ladder(found.to_dict(), [folder / "ladder.png", folder / "ladder.svg"])
     reporter.say(f"{folder} has the table, the picture and all values. {found.seconds:.0f} s in all.")
     write_json(options.json, found.to_dict() | {"folder": str(folder)})

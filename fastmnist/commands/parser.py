@@ -134,6 +134,8 @@ def new_folder(out: str | None, what: str) -> Iterator[Path]:
     except BaseException:
         folder.discard()
         raise
+    finally:
+        folder.release()
 
 
 def write_json(path: str | None, content: Any) -> None:

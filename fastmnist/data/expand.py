@@ -28,6 +28,7 @@ from fastmnist.data.layout import Layout, page_size_for
 from fastmnist.data.moments import Moments
 from fastmnist.data.writer import Progress
 from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.files import open_alone
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -154,6 +155,15 @@ def write_expanded(
             f"{path}: cannot be written: {error.strerror or error}; {_megabytes(layout.file_size)} are needed there: "
             "make room and give the same command again, which goes on from what is done, or name another folder"
         ) from error
+
+
+def tidy(path: Path) -> None:
+    """Deletes the journal of a whole file: what a process leaves that is killed when it has just given the name."""
+    journal, partial = (path.with_name(path.name + end) for end in (JOURNAL, PARTIAL))
+    if journal.exists():
+        with suppress(FastmnistError, OSError), open_alone(journal, f"{path}: another process is writing it"):
+            if not partial.exists():
+                journal.unlink()
 
 
 def _layout(source: Beton, factor: int, seed: int) -> Layout:

@@ -1,14 +1,11 @@
-"""What tells an interrupted writer's successor which pages are done, and keeps a second writer out."""
+"""The list of pages that an interrupted writer has done: its successor goes on from it, a second writer is kept out."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
-from fastmnist.errors import FastmnistError
+from fastmnist.files import open_alone
 
 LINE_SIZE = 9  # bytes: eight hexadecimal digits and the line's end
 
@@ -34,7 +31,9 @@ class Journal:
         self.path = path
         head = f"{subject}\n".encode()
         self._start = len(head)
-        self._file = _open_alone(path)
+        self._file = open_alone(
+            path, f"{path.with_suffix('')}: another process is writing it; wait for it to end, or name another folder"
+        )
         try:
             content = self._file.read()
             if content.startswith(head):
@@ -89,23 +88,3 @@ def _checksums(lines: bytes) -> list[int]:
             break
         found.append(checksum)
     return found
-
-
-def _open_alone(path: Path) -> BinaryIO:
-    while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except BlockingIOError:
-            file.close()
-            raise FastmnistError(
-                f"{path.with_suffix('')}: another process is writing it; wait for it to end, or name another folder"
-            ) from None
-        except FileNotFoundError:
-            pass  # as below
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # its owner finished and deleted it between the two calls above

@@ -128,6 +128,8 @@ def compile_dataset(
             status = _status(path, fingerprint, rewrite_damaged, "size")
             if status != "current":
                 expansion.write_expanded(path, train, expand, seed, progress=_report(progress, path), say=say)
+            else:
+                expansion.tidy(path)
             compiled.append(CompiledFile(path, split, len(train) * expand, status))
     return compiled
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-import pickle
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import safetensors.torch
@@ -17,10 +20,11 @@ from torch import nn
 
 from fastmnist.config import Stem
 from fastmnist.errors import DataError
-from fastmnist.files import write_bytes
+from fastmnist.files import replacing, write_bytes
 from fastmnist.training.model import build_model
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # 1 had no "amp"
+SAVE_EVERY = 20.0  # seconds from one checkpoint to the next: with those that writing takes, at most 30 s are lost
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
 
 
@@ -78,15 +82,81 @@ def load_weights(folder: Path) -> tuple[nn.Module, ModelCard]:
     return model.eval().to(memory_format=torch.channels_last), card  # type: ignore[call-overload]
 
 
-def save_checkpoint(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> None:
-    """Writes checkpoint.pt, whole or not at all."""
-    content = io.BytesIO()
-    torch.save({"version": CHECKPOINT_VERSION, "config": config, "trainer": trainer}, content)
-    write_bytes(folder / CHECKPOINT, content.getvalue())
+class Checkpoints:
+    """Writes a run's checkpoint.pt again and again while training goes on.
+
+    Training waits for a copy of its state in memory alone; a thread writes it. On a GPU the copy is made there, in the
+    order of the training's stream, and read back on a stream of its own, for which no step waits.
+
+    Args:
+        folder: the run's. config: its settings. clock: in seconds.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder, self._config, self._clock = folder, dict(config), clock
+        self._last = clock()
+        self._thread = ThreadPoolExecutor(1, "fastmnist-checkpoint")
+        self._writing: Future[None] | None = None
+
+    def due(self) -> bool:
+        """Whether it is time for another one. Raises FastmnistError when the last one could not be written."""
+        if self._writing is not None:
+            if not self._writing.done():
+                return False
+            self.wait()
+        return self._clock() - self._last >= SAVE_EVERY
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Copies the trainer's state and begins to write it. Raises FastmnistError as `due` does."""
+        self.wait()
+        self._last = self._clock()
+        ready: torch.cuda.Event | None = None
+        try:
+            copied = copy.deepcopy(state)
+        except torch.OutOfMemoryError:  # no room for a copy on the GPU
+            save_checkpoint(self._folder, self._config, state)
+            return
+        if any(weight.is_cuda for weight in state["model"].values()):
+            ready = torch.cuda.Event()
+            ready.record()
+        self._writing = self._thread.submit(self._write, copied, ready)
+
+    def _write(self, state: dict[str, Any], ready: torch.cuda.Event | None) -> None:
+        aside = None if ready is None else torch.cuda.Stream()
+        if aside is not None and ready is not None:
+            aside.wait_event(ready)
+        with torch.cuda.stream(aside):
+            save_checkpoint(self._folder, self._config, state)
+
+    def wait(self) -> None:
+        """Until the last one is written. Raises FastmnistError when it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+
+def save_checkpoint(folder: Path, config: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Writes checkpoint.pt, whole or not at all; raises FastmnistError as `files.replacing` does."""
+    path = folder / CHECKPOINT
+    hint = "make room"
+    if path.exists():
+        hint += f"; fastmnist train --resume {folder} then goes on from the checkpoint before, which is still there"
+    content = io.BytesIO()  # torch.save hides what the system says of a file that cannot be written
+    torch.save({"version": CHECKPOINT_VERSION, "config": dict(config), "trainer": dict(trainer)}, content)
+    with replacing(path, hint) as file:
+        file.write(content.getbuffer())
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, trainer's state), with tensors on the CPU.
+    """(config, trainer's state), with tensors on the CPU; what is in the state is for the trainer to check.
 
     Raises:
         DataError: there is no checkpoint in `folder`, or it is damaged.
@@ -97,17 +167,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise DataError(f"{folder}: {what}; --resume names the folder of a run that was stopped")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"version {content['version']} instead of {CHECKPOINT_VERSION}")
-        return content["config"], content["trainer"]
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        KeyError,
-        TypeError,
-        ValueError,
-        EOFError,
-        OSError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be used ({reason}); begin the run anew") from error
+        if not isinstance(content, dict) or not {"version", "config", "trainer"} <= content.keys():
+            raise ValueError("it holds something else")
+        version, config, trainer = content["version"], content["config"], content["trainer"]
+        if type(version) is not int or not 1 <= version <= CHECKPOINT_VERSION:
+            raise ValueError(f"its version is {str(version)[:40]} instead of 1 to {CHECKPOINT_VERSION}")
+        if not isinstance(config, dict) or not isinstance(trainer, dict):
+            raise ValueError("it holds something else")
+    except Exception as error:  # the unpickler raises anything on a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be used ({reason}); restore it from a copy, or begin the run anew") from error
+    return config, trainer

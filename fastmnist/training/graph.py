@@ -25,7 +25,7 @@ class StepGraph:
 
     Args:
         compute: (images, labels, transforms) to (mean loss, number of right answers).
-        model: whose weights and statistics change. optimizer: over its parameters, fused.
+        model: whose weights and statistics change. optimizer: over its parameters, fused, its state made already.
         images, labels, transforms: an example on the GPU; transforms may be None.
         losses, right: (steps,) on the GPU, where `run` leaves what it found.
 
@@ -68,10 +68,8 @@ class StepGraph:
 
     def _record(self, model: torch.nn.Module) -> torch.cuda.CUDAGraph:
         device = self._images.device
-        tensors = [*model.parameters(), *model.buffers(), self._losses, self._right]
+        tensors = [*model.parameters(), *model.buffers(), *self._state(), self._losses, self._right]
         before = [tensor.detach().clone() for tensor in tensors]
-        momenta = self._state()
-        state_before = [tensor.clone() for tensor in momenta]
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -85,11 +83,6 @@ class StepGraph:
         self.seconds = _seconds(graph)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-            # At rate 0 the warm-up moves no weight, but fills momenta; those that it made are zero in a new optimizer.
-            for tensor in self._state():
-                tensor.zero_()
-            for tensor, value in zip(momenta, state_before, strict=True):
                 tensor.copy_(value)
         return graph
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,14 @@ from fastmnist.config import TrainConfig
 from fastmnist.data.augment import Augmentation, warp_on_device
 from fastmnist.data.epochs import Batch, EpochLoader
 from fastmnist.data.normalise import Normaliser
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.training.graph import StepGraph
 from fastmnist.training.precision import Precision
 
 Record = dict[str, Any]
 DEFAULT_RATES = {"sgd": 0.1, "adamw": 0.003}
 LOG_EVERY, LEAST_LINES = 50, 30  # steps between two looks at the loss; looks in a run, unless it is shorter
+FIRST_SCALE = 2.0**10  # of fp16's gradients: at torch's own 2**16 the first step overflows
 FIRST_RATE, LAST_RATE = 25.0, 1e4  # the peak rate over the first, and the first over the last one
 
 
@@ -66,7 +68,8 @@ class Trainer:
         on_device = config.augment and loader.dtype == torch.uint8
         self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if on_device else None
         self.optimizer = self._optimizer()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scaled)
+        self._fill_optimizer_state()
+        self.scaler = self._scaler()
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
         self.rates = one_cycle(self.steps, peak, config.warmup)
@@ -95,6 +98,26 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+
+    def _fill_optimizer_state(self) -> None:
+        """Momenta of zeros, by a step at rate 0.
+
+        Fused SGD makes them at its first step from memory as it comes, and does not write them when a scaler skips it.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_optimizer_state()
+
+    def _clear_optimizer_state(self) -> None:
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE, enabled=self.precision.scaled)
 
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None
@@ -179,12 +202,9 @@ class Trainer:
         """From step 0 with the weights of `model` and the order of `loader`, and what was compiled or recorded."""
         with torch.no_grad():
             self.model.load_state_dict(model.state_dict())
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        value.zero_()
+            self._clear_optimizer_state()
         self.loader = loader
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaled)
+        self.scaler = self._scaler()
         self.step, self.seconds = 0, 0.0
         self._losses.zero_()
         self._right.zero_()
@@ -232,12 +252,13 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         on_log: Callable[[Record], None] = lambda record: None,
         on_tick: Callable[[Record], None] = lambda record: None,
+        after_step: Callable[[], None] = lambda: None,
         tick_seconds: float = 0.5,
     ) -> Record | None:
         """The rest of the current epoch: the whole epoch's record, or None when `stop` became true before its end.
 
         on_log is given a record every `log_every` steps, on_tick one every `tick_seconds`: a look at the loss waits
-        for the GPU, so there are few.
+        for the GPU, so there are few. after_step is called after each step and what is logged of it.
 
         Raises:
             FastmnistError: the loss is no longer finite.
@@ -248,22 +269,22 @@ class Trainer:
         size = self.loader.batch_size
         self.model.train()
         self.synchronize()
-        begun = ticked = time.perf_counter()
+        begun = time.perf_counter()
         transforms = self.transforms(epoch)
         before, logged = self.seconds, first
+        ticked = before
         for at, batch in enumerate(self.loader, first):
             part = None if transforms is None else transforms[at * size : (at + 1) * size]
             self.train_step(batch, part, at)
             done = at + 1
+            self.seconds = before + time.perf_counter() - begun
             if done % self.log_every == 0 or done == batches:
-                self.seconds = before + time.perf_counter() - begun
                 on_log(self._record(epoch, logged, done))
-                logged = done
-                ticked = time.perf_counter()
-            elif time.perf_counter() - ticked > tick_seconds:
-                self.seconds = before + time.perf_counter() - begun
+                logged, ticked = done, self.seconds
+            elif self.seconds - ticked > tick_seconds:
                 on_tick(self._record(epoch, logged, done))
-                ticked = time.perf_counter()
+                ticked = self.seconds
+            after_step()
             if done == batches:
                 break
             if stop():
@@ -343,6 +364,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "random": _random_state(self.device),
+            "amp": self.precision.name,
             "step": self.step,
             "seconds": self.seconds,
             "losses": self._losses,
@@ -350,15 +372,54 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; raises DataError when the loader's file or settings are others."""
+        """Goes on from `state_dict`, also from one without "amp", as it was before.
+
+        Raises:
+            DataError: the state is damaged, or of another model, precision, file or setting; the trainer is as before.
+        """
+        here = self.state_dict()
+        state = {"amp": self.precision.name} | state
+        for name in ("optimizer", "random", "loader"):
+            _check_like({}, state.get(name), name, whole=False)
+        if state["amp"] != self.precision.name:
+            raise DataError(f"the state was taken with --amp {state['amp']}, this run has {self.precision.name}")
+        # The optimizer's settings are those of this run; the loader checks its own part.
+        settings = here["optimizer"].pop("param_groups")
+        del here["loader"]
+        if "cuda" not in state["random"]:
+            here["random"].pop("cuda", None)
+        for name, expected in here.items():
+            _check_like(expected, state.get(name), name, whole=name not in ("optimizer", "random"))
+        step, at = state["step"], (state["loader"].get("epoch"), state["loader"].get("batch"))
+        if not 0 <= step <= self.steps or at != divmod(step, len(self.loader)) or not 0 <= state["seconds"] < math.inf:
+            raise DataError(
+                f"the state is damaged: step {step} of {self.steps}, epoch {at[0]}, batch {at[1]}, "
+                f"{state['seconds']} seconds"
+            )
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds = step, state["seconds"]
         self._losses.copy_(state["losses"])
         self._right.copy_(state["right"])
         _set_random_state(state["random"], self.device)
+
+
+def _check_like(expected: Any, found: Any, name: str, whole: bool = True) -> None:
+    """Raises DataError naming the part of `found` that differs from `expected` in its keys, types, shapes or dtypes.
+
+    whole: whether a mapping may have no more keys than is expected.
+    """
+    alike = isinstance(found, type(expected)) and isinstance(found, bool) == isinstance(expected, bool)
+    if isinstance(expected, torch.Tensor):
+        alike = alike and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    elif isinstance(expected, dict) and alike:
+        alike = expected.keys() <= found.keys() and (not whole or len(found) == len(expected))
+        for key in expected if alike else ():
+            _check_like(expected[key], found[key], f"{name}.{key}")
+    if not alike:
+        raise DataError(f"the state is damaged, or of another run: its {name} is not what this run's would be")
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastmnist.errors import ConfigError
+from fastmnist.errors import ConfigError, DataError
 
 # Seconds that a cold torch.compile of a ResNet-18 takes, forward and backward (37 to 59 measured on 2 CPU cores), and
 # the share of an eager step that it is expected to save on a GPU at best: assumed, to be replaced by measurements.
@@ -76,6 +77,19 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     if major >= 8:
         return Precision(torch.bfloat16, f"compute capability {major}.{minor} has bfloat16 tensor cores")
     return Precision(torch.float16, f"compute capability {major}.{minor} has float16 but no bfloat16 tensor cores")
+
+
+def keep_precision(begun: Any, device: torch.device) -> Precision:
+    """That of a run which goes on, by name.
+
+    Raises:
+        ConfigError: `device` cannot do it. DataError: there is no such precision.
+    """
+    if not isinstance(begun, str) or begun not in ("off", "bf16", "fp16"):
+        raise DataError("the run's checkpoint names a precision that there is not; restore it, or begin the run anew")
+    if begun == "fp16" and device.type == "cpu":
+        raise ConfigError("the run was begun with --amp fp16, which needs a GPU; resume it on one, or begin a new run")
+    return replace(choose_precision(begun, device), reason="as the run was begun")
 
 
 def choose_compile(asked: str, device: torch.device, eager_seconds: float) -> tuple[str, str]:
