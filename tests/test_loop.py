@@ -1,5 +1,6 @@
 """The training loop: its schedule, its determinism, its clocks and its errors."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from fastmnist.config import TrainConfig
 from fastmnist.data.beton import Beton
 from fastmnist.data.loader import Loader
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.training.evaluate import StopRequested, evaluate_model
 from fastmnist.training.loop import Trainer, one_cycle
 from fastmnist.training.model import build_model
@@ -301,3 +302,90 @@ def test_a_recorded_step_trains_the_same(beton: Path, optimizer: str) -> None:
 
     for recorded, eager in zip(run(True), run(False), strict=True):
         assert recorded == pytest.approx(eager, rel=1e-3)
+
+
+def test_a_first_step_that_the_scaler_skips_leaves_no_trace(beton: Path) -> None:
+    """Fused SGD would keep momenta that nobody wrote: memory as the allocator had it."""
+    each = trainer(beton, precision=Precision(torch.float16, "a test"))
+    assert each.scaler.get_scale() == 1024
+    dirty = [torch.full_like(parameter, 7e8) for parameter in each.model.parameters() for _ in range(20)]
+    del dirty
+    parameters = dict(each.model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    hook = next(iter(parameters.values())).register_hook(lambda grad: grad * float("inf"))
+    each.train_step(next(iter(each.loader)), None, 0)
+    hook.remove()
+    assert each.scaler.get_scale() == 512
+    assert same(before, parameters)
+    assert not any(state["momentum_buffer"].any() for state in each.optimizer.state.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adamw"}])
+def test_momenta_of_zeros_are_those_of_a_new_optimizer(beton: Path, settings: dict) -> None:
+    ours = trainer(beton, **settings)
+    plain = ours._optimizer()  # has made no momenta yet
+    generator = torch.Generator().manual_seed(0)
+    parameters, results = list(ours.model.parameters()), []
+    begun = [parameter.detach().clone() for parameter in parameters]
+    grads = [[torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(3)]
+    for optimizer in (ours.optimizer, plain):
+        with torch.no_grad():
+            for parameter, value in zip(parameters, begun, strict=True):
+                parameter.copy_(value)
+        optimizer.param_groups[0]["lr"] = 0.1
+        for step in grads:
+            for parameter, grad in zip(parameters, step, strict=True):
+                parameter.grad = grad.clone()
+            optimizer.step()
+        results.append([parameter.detach().clone() for parameter in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(results[0], begun, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_damaged_state_is_refused_and_changes_nothing(beton: Path, optimizer: str) -> None:
+    each = trainer(beton, optimizer=optimizer)
+    each.run_epoch(stop=lambda: each.step == 3)
+    good = copy.deepcopy(each.state_dict())
+    first = next(iter(good["model"]))
+    momentum = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
+
+    def spoiled(path: list, value: object) -> dict:
+        state = copy.deepcopy(good)
+        inner = state
+        for key in path[:-1]:
+            inner = inner[key]
+        if value is KeyError:
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = value
+        return state
+
+    new = trainer(beton, optimizer=optimizer)
+    before = weights(new)
+    for path, value in [
+        *(([name], KeyError) for name in good if name != "amp"),
+        *(([name], value) for name in good for value in ([], torch.zeros(2), {})),
+        *((["step"], value) for value in (-1, 4, 10**9, True, 3.0)),
+        *((["seconds"], value) for value in (-1.0, float("nan"), "1")),
+        (["amp"], "bf16"),
+        (["model", first], torch.zeros(1)),
+        (["model", first], good["model"][first].double()),
+        (["model", "more"], torch.zeros(1)),
+        (["optimizer", "state"], {}),
+        (["optimizer", "state", 0, momentum], torch.zeros(1)),
+        (["optimizer", "state", 0], {}),
+        (["optimizer", "state", 99], {}),
+        (["random", "cpu"], torch.zeros(3, dtype=torch.uint8)),
+        (["losses"], torch.zeros(99)),
+        (["loader", "batch"], 99),
+        (["loader", "epoch"], -1),
+    ]:
+        if path == ["scaler"] and value == {}:
+            continue  # as it is without a scaler
+        with pytest.raises(DataError):
+            new.load_state_dict(spoiled(path, value))
+        assert same(weights(new), before), path
+        assert new.step == 0
+    new.load_state_dict(good)
+    assert new.step == 3
