@@ -1,12 +1,14 @@
 """The comparison: all sides in one run, each row complete, and what fails costs its own row alone."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import fastmnist
 from fastmnist.cli import main
 from fastmnist.data.beton import Beton
 from fastmnist.errors import ConfigError, FastmnistError
@@ -21,7 +23,8 @@ SHORT = Plan(seconds=300.0, least_turns=2, first_batches=1)  # more than a busy 
 CRASHES = "import sys; sys.stdin.readline(); print('{\"seconds\": 1}', flush=True); sys.stdin.readline(); sys.exit(3)"
 HANGS = """
 import sys, time
-for answer in ('{"seconds": 1}', '{"first_batch": 1, "peak_memory": 1, "shape": [1], "dtype": "uint8"}'):
+opened = '{"first_batch": 1, "compiled": 0, "peak_memory": 1, "shape": [1], "dtype": "uint8"}'
+for answer in ('{"seconds": 1}', opened):
     sys.stdin.readline()
     print(answer, flush=True)
 time.sleep(600)
@@ -37,6 +40,11 @@ class Planted(SideProcess):
             self.program = (sys.executable, "-c", PLANTED[side])
         super().__init__(side, environment)
 
+    def answer(self, timeout):
+        if self.side in PLANTED and timeout == module.TURN_TIMEOUT:
+            timeout = 1.0  # it never comes; the others may have a busy machine
+        return super().answer(timeout)
+
 
 @pytest.fixture(scope="module")
 def file(scratch, write_small_beton) -> Path:
@@ -46,11 +54,16 @@ def file(scratch, write_small_beton) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(file):
-    """One comparison that all tests look at: ours, the plain DataLoader, two that fail and one that is not there."""
+def found(file, scratch):
+    """One comparison that all tests look at: ours, the plain DataLoader, two that fail and one that is not there.
+
+    Made where nothing was ever compiled, and where a copy of the package lies in the current folder, as in a clone.
+    """
+    folder = scratch()
+    shutil.copytree(Path(fastmnist.__file__).parent, folder / "fastmnist", ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         patch.setattr(module, "SideProcess", Planted)
-        patch.setattr(module, "TURN_TIMEOUT", 8.0)
         patch.setattr(module, "MOST_TURNS", 2)
         patch.setattr(module, "missing", lambda peer: "not installed")
         names = [OURS, PLAIN, "tensors, index_select", "FFCV", *(s.name for s in SIDES if s.kind == "peer")]
@@ -92,7 +105,8 @@ def test_first_batches_are_cold_and_warm_rows(found) -> None:
     first = rows_of(found, "first batch")
     assert first[OURS]["settings"]["jit_cache"] == "warm"
     assert first[f"{OURS}, cold"]["settings"]["jit_cache"] == "cold"
-    assert first[f"{OURS}, cold"]["median"] > first[OURS]["median"]
+    assert set(first[OURS]["compiled"]) == {0}
+    assert min(first[f"{OURS}, cold"]["compiled"]) > 0
     assert first[PLAIN]["unit"] == "seconds"
 
 
@@ -106,7 +120,7 @@ def test_memory_is_that_of_the_loader(found) -> None:
 def test_what_crashes_or_hangs_is_said_and_the_rest_goes_on(found) -> None:
     loaders = rows_of(found, "loader")
     assert loaders["FFCV"]["error"] == "its process ended with exit status 3"
-    assert loaders["tensors, index_select"]["error"] == "no answer within 8 s: stopped"
+    assert loaders["tensors, index_select"]["error"] == "no answer within 1 s: stopped"
     assert "median" not in loaders["FFCV"]
 
 

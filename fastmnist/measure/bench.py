@@ -312,17 +312,16 @@ class _Bench:
             rows.append(row("loader", side.name, values, "images/s", self.origin, settings, **more))
             if side.kind == "limit":
                 continue
-            for group, key, unit in (
-                ("first batch", "first_batch", "seconds"),
-                ("peak memory", "peak_memory", "bytes"),
-                ("peak device memory", "peak_device_memory", "bytes"),
-            ):
+            for group in ("peak memory", "peak device memory"):
+                key = group.replace(" ", "_")
                 found = [answer[key] for answer in opened if answer.get(key) is not None]
                 if found:
-                    warm = {"jit_cache": "warm"} if group == "first batch" else {}
-                    rows.append(row(group, side.name, found, unit, self.origin, settings | warm, **about))
-            if side.name == OURS and self.cold:
-                found = [answer["first_batch"] for answer in self.cold]
-                cold = settings | {"jit_cache": "cold"}
-                rows.append(row("first batch", f"{OURS}, cold", found, "seconds", self.origin, cold, **about))
+                    rows.append(row(group, side.name, found, "bytes", self.origin, settings, **about))
+            firsts = [(side.name, opened, "warm"), (f"{side.name}, cold", self.cold if side.name == OURS else [], "cold")]
+            for name, answers, cache in firsts:
+                found = [answer["first_batch"] for answer in answers]
+                if found:
+                    about["compiled"] = [answer["compiled"] for answer in answers]
+                    settings = settings | {"jit_cache": cache}
+                    rows.append(row("first batch", name, found, "seconds", self.origin, settings, **about))
         return rows

@@ -23,18 +23,25 @@ class SideError(Exception):
 class SideProcess:
     """`fastmnist.measure.side` in a new process, in a session of its own, so that Ctrl-C and a kill reach its workers.
 
+    It imports from where this process does: with `-m`, a clone in the current folder would hide the installed package,
+    and its machine code, which is cached beside it, be another's.
+
     Args:
         side: its name.
         environment: variables beyond those of this process.
     """
 
-    program: ClassVar[Sequence[str]] = (sys.executable, "-m", "fastmnist.measure.side")
+    program: ClassVar[Sequence[str]] = (
+        sys.executable,
+        "-c",
+        "import sys; sys.path[:] = sys.argv[1:]; from fastmnist.measure.side import main; main()",
+    )
 
     def __init__(self, side: str, environment: Mapping[str, str] | None = None) -> None:
         self.side = side
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
-            self.program,
+            [*self.program, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

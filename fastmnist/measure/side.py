@@ -55,7 +55,14 @@ class Runner:
         return {"seconds": time.perf_counter() - begun, "bytes": size}
 
     def open(self, data: str, batch_size: int, device: str, folder: str) -> dict[str, Any]:
-        """Makes the loader and takes its first batch, then one epoch; seconds, and peak memory beyond the imports."""
+        """Makes the loader and takes its first batch, then one epoch.
+
+        Returns:
+            first_batch: seconds. compiled: functions that numba compiled for it, rather than read from its cache.
+            peak_memory: bytes beyond the imports, of the epoch; and shape and dtype of a batch of images.
+        """
+        from numba.core import event
+
         from fastmnist.measure.sides import Source
 
         self.device = self.torch.device(device)
@@ -63,17 +70,20 @@ class Runner:
             self.torch.zeros(1, device=self.device)  # the context is nobody's first batch
         before = _forget_peak()
         begun = time.perf_counter()
-        self.source = Source(self.side, Path(data), batch_size, self.device, Path(folder))
-        batches = self.source.epoch()
-        images, labels = next(batches)
-        self._synchronize()
-        first = time.perf_counter() - begun
+        with event.install_recorder("numba:compile") as compiling:
+            self.source = Source(self.side, Path(data), batch_size, self.device, Path(folder))
+            batches = self.source.epoch()
+            images, labels = next(batches)
+            self._synchronize()
+            first = time.perf_counter() - begun
+        compiled = sum(found.is_start for _, found in compiling.buffer)
         shape, dtype = list(images.shape), str(images.dtype).removeprefix("torch.")
         del images, labels
         for _ in batches:
             pass
         memory = None if before is None else _peak() - before + _of_children()
-        answer: dict[str, Any] = {"first_batch": first, "peak_memory": memory, "shape": shape, "dtype": dtype}
+        answer: dict[str, Any] = {"first_batch": first, "compiled": compiled, "peak_memory": memory}
+        answer |= {"shape": shape, "dtype": dtype}
         if self.device.type == "cuda":
             answer["peak_device_memory"] = self.torch.cuda.max_memory_allocated(self.device)
         self.batches = self.source.stream()
