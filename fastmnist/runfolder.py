@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type
 import numpy as np
 import yaml
 
-from fastmnist.config import TrainConfig, flag
+from fastmnist.config import TrainConfig, flag, without_retired
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.files import open_alone, remove_orphans, write_bytes
 
@@ -204,7 +204,7 @@ def checked_settings(values: Mapping[Any, Any], source: str = "") -> dict[str, A
         ConfigError: there is no such setting, or its value has another type; names it.
     """
     types, checked = get_type_hints(TrainConfig), {}
-    for name, value in values.items():
+    for name, value in without_retired(values).items():
         if name not in types:
             raise ConfigError(f"{source}{flag(_short(name))} is no setting of a run; take it out")
         plain = value.item() if isinstance(value, np.generic) else value

@@ -253,6 +253,17 @@ def test_resume_refuses_changed_data(
     assert main(["train", "--resume", str(stopped)]) == 0
 
 
+def test_a_run_of_an_older_version_goes_on_without_the_setting_that_went(stopped: Path) -> None:
+    content = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    content["config"]["reuse_buffers"] = False
+    content["version"] = 1
+    del content["trainer"]["amp"]
+    torch.save(content, stopped / "checkpoint.pt")
+    with open(stopped / "config.yaml", "a") as file:
+        file.write("reuse_buffers: false\n")
+    assert main(["train", "--resume", str(stopped)]) == 0
+
+
 def test_resume_refuses_a_complete_run(settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train(TrainConfig(**settings | {"epochs": 1})).folder
     capsys.readouterr()
