@@ -16,7 +16,8 @@ PEERS = ["datasets>=5.1", "webdataset>=1.0.2", "litdata>=0.2.70", "grain>=0.2.13
 PEERS_STREAMING = ["mosaicml-streaming>=0.13"]  # wants numpy < 2.2 and an older datasets: an environment of its own
 NOTEBOOK = ["ipykernel>=6", "ipython>=8", "nbclient>=0.9", "nbconvert>=7"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "selenium>=4.15", *EXPORT, *NOTEBOOK, *TENSORBOARD]
+PYTEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "selenium>=4.15"]
+TEST = [*PYTEST, *EXPORT, *NOTEBOOK, *TENSORBOARD]
 
 setup(
     name="fastmnist",

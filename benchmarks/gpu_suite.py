@@ -42,9 +42,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmnist.config import TrainConfig
 from fastmnist.data.beton import Beton
 from fastmnist.data.prepare import prepare
+from fastmnist.measure.bench import QUICK, Plan, choose_sides
+from fastmnist.measure.bench import bench as compare
 from fastmnist.measure.clock import in_turns, ratios
 from fastmnist.measure.doctor import diagnose_training
 from fastmnist.measure.environment import origin
+from fastmnist.measure.sides import OURS
 from fastmnist.presets import preset_config
 from fastmnist.report.progress import Reporter
 from fastmnist.session import make_loaders, make_model, open_files
@@ -79,7 +82,7 @@ class Suite:
     def config(self, preset: str = "none", **settings: Any) -> TrainConfig:
         common = {"dataset": "mnist", "data_dir": self.data_dir, "cache_dir": str(self.cache), "quiet": True}
         if self.dry:
-            common |= {"dataset": "digits", "data_dir": None, "epochs": 0.3, "batch_size": 64}
+            common |= {"dataset": "digits", "data_dir": None, "epochs": 0.2, "batch_size": 64}
         return preset_config(preset, **{**common, "device": str(self.device), **settings})
 
     def part(self, name: str, least: float, measure: Callable[[Suite], Any]) -> None:
@@ -107,8 +110,8 @@ def presets(suite: Suite) -> dict[str, Any]:
         config = suite.config(name)
         result = speedrun(config, 1, preset=name, curve=False).to_dict()  # also says how long a seed takes
         each = sum(result["runs"][0][f"{clock}_seconds"] for clock in ("data", "train", "evaluate"))
-        count = 2 if suite.dry else max(1, min(seeds, int(seconds / max(each, 0.01))))
-        found[name] = speedrun(config, count, preset=name, shifted=True).to_dict()
+        count = 1 if suite.dry else max(1, min(seeds, int(seconds / max(each, 0.01))))
+        found[name] = speedrun(config, count, preset=name, curve=not suite.dry, shifted=True).to_dict()
     return found
 
 
@@ -285,20 +288,17 @@ def augmentation(suite: Suite) -> dict[str, Any]:
 def loader(suite: Suite) -> Any:
     toy = ["--steps", "1", "--repeats", "1"] if suite.dry else []
     script = Path(__file__).with_name("loader_gpu.py")
-    return another(suite, [str(script), *toy], "--output")
-
-
-def bench(suite: Suite) -> Any:
-    out = ["--out", str(suite.cache / "bench"), *(["--only", "fastmnist.Loader"] if suite.dry else [])]
-    return another(suite, ["-m", "fastmnist", "bench", "--quick", "--dataset", "mnist", *out], "--json")
-
-
-def another(suite: Suite, program: list[str], writes: str) -> Any:
-    """What another program of the project writes as JSON."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        where = ["--data-dir", suite.data_dir, "--device", str(suite.device), writes, file.name]
-        subprocess.run([sys.executable, *program, *where], check=True, timeout=180, stdout=subprocess.DEVNULL)
+        where = ["--data-dir", suite.data_dir, "--device", str(suite.device), "--output", file.name]
+        subprocess.run([sys.executable, str(script), *toy, *where], check=True, timeout=180, stdout=subprocess.DEVNULL)
         return json.loads(Path(file.name).read_text())
+
+
+def bench(suite: Suite) -> dict[str, Any]:
+    plan, only = (Plan(1.0, 1, 1), OURS) if suite.dry else (QUICK, None)
+    prepared = prepare("mnist", suite.data_dir, str(suite.cache))
+    sides = choose_sides(only, quick=True)
+    return compare(prepared.train, device=str(suite.device), sides=sides, plan=plan).to_dict()
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ class _Run:
             self.reporter.say(self.files.note)
         device = choose_device(self.config.device)
         self._compare_with_tuning(device)
-        self.precision = self._choose_precision(device, None if resumed is None else resumed[1])
+        self.precision = self._choose_precision(device, resumed)
         choose_compile(self.config.compile, device, 0.0)  # says at once what cannot work
         with self.clocks.measure("data"):
             self.loaders = make_loaders(self.files, self.config, device)
@@ -198,17 +198,20 @@ class _Run:
             self.loaders.close()
             self.files.close()
 
-    def _choose_precision(self, device: torch.device, state: dict[str, Any] | None) -> Precision:
+    def _choose_precision(self, device: torch.device, resumed: tuple[RunFolder, dict[str, Any]] | None) -> Precision:
         """A run that goes on keeps its precision, whatever would be chosen on this device."""
-        if state is None or (state["amp"] is None and self.config.amp != "auto"):
+        amp = None if resumed is None else resumed[1]["amp"]
+        if resumed is None or (amp is None and self.config.amp != "auto"):
             return choose_precision(self.config.amp, device)
-        if state["amp"] is not None:
-            return keep_precision(state["amp"], device)
+        if amp is not None:
+            if not isinstance(amp, str) or amp not in ("off", "bf16", "fp16"):
+                raise DataError(f"{resumed[0].path / CHECKPOINT}: names a precision that there is not; restore it")
+            return keep_precision(amp, device)
         chosen = choose_precision("auto", device)
         if chosen.scaled:  # its gradients had no scaler
             raise ConfigError(
-                "the run was begun with --amp bf16 or off, its checkpoint does not say which, and this device has "
-                "fp16: resume it where it was begun, or begin a new run"
+                f"{resumed[0].path} was begun with --amp bf16 or off, its checkpoint does not say which, and this "
+                "device has fp16: resume it where it was begun, or begin a new run"
             )
         return chosen
 
@@ -261,7 +264,7 @@ class _Run:
     def _train(self) -> TrainResult:
         with (
             stop_on_ctrl_c(self.reporter.say) as stop,
-            Checkpoints(self.folder.path, self.config.to_dict()) as self.checkpoints,
+            Checkpoints(self.folder.path, self.config.to_dict(), self.folder.check) as self.checkpoints,
             tensorboard_events(self.folder.path, self.config.tensorboard) as events,
         ):
             self.events = events
@@ -273,7 +276,7 @@ class _Run:
                 evaluation = None
             self.folder.check()
             self.checkpoints.wait()
-            save_checkpoint(self.folder.path, self.config.to_dict(), self._state())
+            save_checkpoint(self.folder.path, self.config.to_dict(), self._state(), self.folder.check)
             save_weights(self.folder.path, self.trainer.model, self.card)
             summary = self._summary(evaluation)
             self._draw(evaluation, summary)

@@ -37,6 +37,13 @@ FFCV_MISSING = (
 hypothesis.settings.register_profile("fastmnist", deadline=None, max_examples=40, derandomize=True, database=None)
 hypothesis.settings.load_profile("fastmnist")
 
+# Under pytest-xdist (-n 2) each worker, and what it starts, has its share of the cores and machine code of its own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    kept = Path(os.environ.get("NUMBA_CACHE_DIR", Path(__file__).parents[1] / ".pytest_cache" / "numba"))
+    os.environ["NUMBA_CACHE_DIR"] = str(kept / os.environ["PYTEST_XDIST_WORKER"])
+
 Samples = tuple[np.ndarray, np.ndarray]
 
 

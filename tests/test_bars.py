@@ -223,7 +223,7 @@ def test_nothing_overlaps(monkeypatch, count):
     assert {"1/s", "1,000 M/s"} <= set(shown)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_rows_of_any_kind(tmp_path_factory, data):
     value = st.floats(1, 1e9) | st.sampled_from([1.0, 10.0, 1e6, 1e9, 999_499.9])
@@ -265,7 +265,7 @@ def test_pictures_are_png_or_svg(tmp_path):
     assert ElementTree.parse(tmp_path / "x.SVG").findtext("{http://www.w3.org/2000/svg}title") == "<a & b>"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(words=st.lists(st.text("abW…i", min_size=1, max_size=40), max_size=12), width=st.floats(0.5, 4))
 def test_wrapped_lines_fit_and_keep_all(words, width):
     text = " ".join(words)

@@ -337,8 +337,8 @@ def test_global_random_state_and_thread_counts_are_left_alone(open_loader, kind)
 
 
 def settled(count, expected: int) -> int:
-    """What `count` gives once it is no more than `expected`, or after ten seconds."""
-    until = time.monotonic() + 10
+    """What `count` gives once it is no more than `expected`, or after a minute."""
+    until = time.monotonic() + 60
     while count() > expected and time.monotonic() < until:
         time.sleep(0.02)
     return count()
@@ -545,10 +545,11 @@ def test_an_error_in_a_worker_arrives_with_its_traceback(open_loader, kind):
         dataset.labels = dataset.labels[:20]
     with pytest.raises(IndexError, match=r"(?s)in DataLoader worker process.*Traceback.*(workers|mnist)\.py") as error:
         list(loader)
-    begun = time.monotonic()
+    workers = multiprocessing.active_children()
     loader.close()
     assert not multiprocessing.active_children()
-    assert time.monotonic() - begun < 5  # though the error, and its traceback with it, is still held
+    # They ended when they were told to, not by force, though the error, and its traceback with it, is still held.
+    assert {worker.exitcode for worker in workers} == {0}
     assert error.value.__traceback__ is not None
 
 

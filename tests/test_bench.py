@@ -185,13 +185,16 @@ def test_the_embedded_digits_are_expanded_where_there_is_no_mnist(scratch) -> No
     assert "deformed" in note
 
 
-def test_the_command_writes_table_pictures_and_json(tmp_path, monkeypatch, capsys, write_dataset) -> None:
+def test_the_command_writes_table_pictures_and_json(found, tmp_path, monkeypatch, capsys, write_dataset) -> None:
     write_dataset(tmp_path / "data", train=200, test=20)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "FULL", SHORT)
-    monkeypatch.setattr(module, "MOST_TURNS", 2)
+    asked = {}
+    monkeypatch.setattr(module, "bench", lambda data, **settings: asked.update(settings, data=data) or found)
     flags = ["--dataset", "mnist", "--data-dir", str(tmp_path / "data"), "--batch-size", "50", "--device", "cpu"]
     assert main(["bench", *flags, "--only", OURS, "--json", "result.json", "--out", "out"]) == 0
+    assert asked["data"].name == "mnist-train.beton"
+    assert (asked["batch_size"], asked["device"], asked["plan"]) == (50, "cpu", module.FULL)
+    assert asked["sides"] == choose_sides(OURS, False)
     assert {path.name for path in Path("out").iterdir()} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
     result = json.loads(Path("result.json").read_text())
     assert result["folder"] == "out"

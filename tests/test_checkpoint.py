@@ -29,9 +29,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The thread writes only once this is set."""
     event, real = threading.Event(), checkpoint.save_checkpoint
 
-    def save(*arguments) -> None:
+    def save(*arguments, **options) -> None:
         assert event.wait(60)
-        real(*arguments)
+        real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     return event

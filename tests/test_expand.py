@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 from scipy.ndimage import map_coordinates
 
-from fastmnist.cli import main
 from fastmnist import files
+from fastmnist.cli import main
 from fastmnist.data import deform
 from fastmnist.data.beton import Beton
 from fastmnist.data.deform import Deformer

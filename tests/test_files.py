@@ -110,9 +110,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, before: bytes 
     path = tmp_path / "a"
     if before is not None:
         path.write_bytes(before)
-    with pytest.raises(FastmnistError, match="a: cannot be written: No space left on device"), replacing(path) as file:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+
+    def fill() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(FastmnistError, match="a: cannot be written: No space left on device"):
+        fill()
     assert (path.read_bytes() if path.exists() else None) == before
     assert names(tmp_path) == ({"a"} if before else set())
 

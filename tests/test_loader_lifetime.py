@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -308,10 +307,13 @@ def test_an_epoch_may_be_finished_by_another_thread_once_the_first_one_is_dead(p
 
 
 def test_an_error_in_a_helper_arrives_with_its_traceback(path, monkeypatch):
+    begun = threading.Event()
+
     def broken_in_a_helper(*arguments):
         if threading.current_thread().name.startswith(threads.NAME):
+            begun.set()
             raise ZeroDivisionError("a planted error")
-        time.sleep(0.02)  # a helper has begun the next piece by then
+        begun.wait(60)
         return real(*arguments)
 
     with Loader(path, 32, device="cpu", threads=3) as loader:

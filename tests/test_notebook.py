@@ -153,7 +153,7 @@ def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
 @pytest.mark.slow
 def test_it_runs_on_mnist(mnist_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMNIST_DATA", str(mnist_folder))
-    printed, _ = run(tmp_path)
+    printed, _ = run(tmp_path, LADDER_IMAGES="512", BUDGET="2")
     assert "mnist: 60,000 training and 10,000 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None

@@ -93,7 +93,7 @@ def test_no_records_is_an_error(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_curves_of_odd_values(tmp_path_factory, data):
     value = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=32))
@@ -227,7 +227,7 @@ def test_predictions_spread_over_many_classes():
     assert labels[chosen][-1] == 46
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(labels=st.lists(st.integers(0, 20), max_size=60), most=st.integers(1, 20))
 def test_spread_is_as_even_as_it_can_be(labels, most):
     array = np.array(labels, dtype=np.int64)

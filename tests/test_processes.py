@@ -1,6 +1,7 @@
 """A side in a process of its own: it answers, and whatever it does instead is told in one line and leaves nothing."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,12 +37,10 @@ def test_it_answers_one_after_the_other() -> None:
 
 
 def test_what_hangs_is_stopped_in_time() -> None:
-    begun = time.perf_counter()
     process = started("import time; time.sleep(600)")
     with pytest.raises(SideError, match="no answer within 1 s: stopped"):
         process.ask("turn", 1)
-    assert time.perf_counter() - begun < 20
-    assert process._process.poll() is not None
+    assert process._process.poll() == -signal.SIGKILL
 
 
 def test_what_crashes_says_its_last_words() -> None:
@@ -76,7 +75,7 @@ time.sleep(600)
     assert not gone(pid)
     process.close()
     process.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not gone(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert gone(pid)

@@ -16,16 +16,20 @@ import pytest
 from PIL import Image
 
 from fastmnist.cli import main
+from fastmnist.measure import bench
 
 ROOT = Path(__file__).parents[1]
 # What takes minutes is run with a flag that makes it shorter.
 SHORTER = {
     "bench": ["--quick"],
+    "doctor": ["--seconds", "1"],
     "ladder": ["--quick", "--images", "512"],
     "speedrun": ["--seeds", "1", "--images-seen", "2000"],
     "tune": ["--budget", "2"],
     "train --dataset": ["--epochs", "1"],
-    "train --config": ["--images-seen", "2000"],
+    "train --preset": [],
+    "train --resume": [],
+    "train": ["--images-seen", "2000"],
 }
 PROGRAM = [sys.executable, "-m", "fastmnist"]
 
@@ -59,6 +63,7 @@ def test_every_command_of_the_pages(
 ) -> None:
     write_dataset(tmp_path / "data", train=600, test=100)
     monkeypatch.setenv("FASTMNIST_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(bench, "QUICK", bench.Plan(5.0, 2, 1))
     monkeypatch.chdir(tmp_path)
     stroke = np.zeros((60, 60), np.uint8)
     stroke[10:50, 27:33] = 255

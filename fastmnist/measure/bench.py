@@ -317,7 +317,10 @@ class _Bench:
                 found = [answer[key] for answer in opened if answer.get(key) is not None]
                 if found:
                     rows.append(row(group, side.name, found, "bytes", self.origin, settings, **about))
-            firsts = [(side.name, opened, "warm"), (f"{side.name}, cold", self.cold if side.name == OURS else [], "cold")]
+            firsts = [
+                (side.name, opened, "warm"),
+                (f"{side.name}, cold", self.cold if side.name == OURS else [], "cold"),
+            ]
             for name, answers, cache in firsts:
                 found = [answer["first_batch"] for answer in answers]
                 if found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import time
@@ -90,10 +91,19 @@ class Checkpoints:
 
     Args:
         folder: the run's. config: its settings. clock: in seconds.
+        check: raises FastmnistError when the folder is no longer the run's.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._folder, self._config, self._clock = folder, dict(config), clock
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._save = functools.partial(save_checkpoint, folder, config, check=check)
         self._last = clock()
         self._thread = ThreadPoolExecutor(1, "fastmnist-checkpoint")
         self._writing: Future[None] | None = None
@@ -114,7 +124,7 @@ class Checkpoints:
         try:
             copied = copy.deepcopy(state)
         except torch.OutOfMemoryError:  # no room for a copy on the GPU
-            save_checkpoint(self._folder, self._config, state)
+            self._save(state)
             return
         if any(weight.is_cuda for weight in state["model"].values()):
             ready = torch.cuda.Event()
@@ -126,7 +136,7 @@ class Checkpoints:
         if aside is not None and ready is not None:
             aside.wait_event(ready)
         with torch.cuda.stream(aside):
-            save_checkpoint(self._folder, self._config, state)
+            self._save(state)
 
     def wait(self) -> None:
         """Until the last one is written. Raises FastmnistError when it could not be."""
@@ -143,8 +153,14 @@ class Checkpoints:
         self._thread.shutdown()
 
 
-def save_checkpoint(folder: Path, config: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    """Writes checkpoint.pt, whole or not at all; raises FastmnistError as `files.replacing` does."""
+def save_checkpoint(
+    folder: Path, config: Mapping[str, Any], trainer: Mapping[str, Any], check: Callable[[], None] = lambda: None
+) -> None:
+    """Writes checkpoint.pt, whole or not at all.
+
+    Raises:
+        FastmnistError: as `files.replacing` does; and what `check` raises, which is asked before anything is written.
+    """
     path = folder / CHECKPOINT
     hint = "make room"
     if path.exists():
@@ -152,6 +168,7 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], trainer: Mapping[st
     content = io.BytesIO()  # torch.save hides what the system says of a file that cannot be written
     torch.save({"version": CHECKPOINT_VERSION, "config": dict(config), "trainer": dict(trainer)}, content)
     with replacing(path, hint) as file:
+        check()  # now that there is a file: it would be lost with its folder
         file.write(content.getbuffer())
 
 
