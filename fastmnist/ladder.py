@@ -76,7 +76,7 @@ def rungs(preset: str) -> list[Rung]:
         ),
         Rung(
             "compiled file and Loader",
-            {"loader": "ours"},
+            {"loader": "ours", "workers": None},
             "one gather per batch from the memory map",
             "the model must have been waiting for batches; fastmnist bench shows the loaders alone",
         ),
