@@ -79,7 +79,7 @@ RUN = [
     "off",
     "--quiet",
 ]
-TRAIN = ["train", *RUN, "--epochs", "12", "--log-every", "5"]
+TRAIN = ["train", *RUN, "--epochs", "8", "--log-every", "5"]
 TUNE = ["tune", *RUN, "--loader-only", "--budget", "5"]
 SPEEDRUN = ["speedrun", *RUN, "--epochs", "3", "--seeds", "2"]
 LEFT_OVER = (".tmp", ".lock", ".journal", ".partial")

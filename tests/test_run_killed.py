@@ -125,7 +125,9 @@ def test_a_folder_in_which_a_killed_process_wrote_nothing_is_taken(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     first = RunFolder.create(out, "tune")
     if out is None:
-        assert RunFolder.create(out, "tune").path != first.path
+        second = RunFolder.create(out, "tune")
+        assert second.path != first.path
+        second.release()
     else:
         with pytest.raises(ConfigError, match="--out chosen"):
             RunFolder.create(out, "tune")
