@@ -668,7 +668,14 @@ def small_run(tmp_path, **settings: Any) -> TrainConfig:
     )
 
 
-def test_diagnosing_a_run_leaves_no_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnosing_a_run_leaves_no_folder(tmp_path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Trainer.train_step
+
+    def train_step(*arguments: Any) -> Any:
+        clock.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.chdir(tmp_path)
     found = diagnose_training(small_run(tmp_path), 2.0, Reporter(quiet=True))
     check(found)
