@@ -32,7 +32,7 @@ from fastmnist.measure import scheduling
 from fastmnist.measure.batches import length_of, with_tensors
 from fastmnist.measure.clock import Summary
 from fastmnist.measure.doctor import Diagnosis, Evidence, diagnose_training, doctor, judge
-from fastmnist.measure.scheduling import CoreUse, Host, core_use, thread_times
+from fastmnist.measure.scheduling import CoreUse, Host, core_use, physical_cores, thread_times
 from fastmnist.measure.training import training_setup
 from fastmnist.report.progress import Reporter
 from fastmnist.training.loop import Trainer
@@ -40,6 +40,7 @@ from fastmnist.training.loop import Trainer
 PAUSE = 0.03  # seconds of a step or a batch that takes some
 INSTANT = 1e-5  # seconds of those that do not, and of a look at the clock
 BATCH = 8
+CORES = 2  # of the simulated system, and as many threads of torch
 
 
 class Clock:
@@ -82,6 +83,9 @@ def system(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> System:
     made = System(clock)
     monkeypatch.setattr(module, "thread_times", made.thread_times)
     monkeypatch.setattr(module, "limit_periods", list)
+    for counts in ("cpu_count", "physical_cores"):
+        monkeypatch.setattr(scheduling, counts, lambda: CORES)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: CORES)
     return made
 
 
@@ -648,7 +652,7 @@ def test_a_cpu_limit(monkeypatch: pytest.MonkeyPatch, tmp_path, line: str, place
 
 
 def test_cores() -> None:
-    assert 1 <= scheduling.physical_cores() <= (os.cpu_count() or 1)
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
 
 
 # A run's own loop.
