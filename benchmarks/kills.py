@@ -382,6 +382,8 @@ def cost(turns: int, steps: int = 60) -> dict[str, Any]:
         size = (Path(scratch) / checkpoint.CHECKPOINT).stat().st_size
         loaders.close()
         opened.close()
+    if not written:
+        raise SystemExit(f"{steps} steps ended before the first checkpoint: nothing was measured")
     more = statistics.median(clocks["with"]) - statistics.median(clocks["without"])
     each = more * turns / written
     return {
