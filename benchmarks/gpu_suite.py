@@ -286,7 +286,7 @@ def augmentation(suite: Suite) -> dict[str, Any]:
 
 
 def loader(suite: Suite) -> Any:
-    toy = ["--steps", "1", "--repeats", "1"] if suite.dry else []
+    toy = ["--steps", "1", "--repeats", "1", "--batch-sizes", "64"] if suite.dry else []
     script = Path(__file__).with_name("loader_gpu.py")
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         where = ["--data-dir", suite.data_dir, "--device", str(suite.device), "--output", file.name]

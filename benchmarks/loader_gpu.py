@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 512, 2048], help="of the steps")
     options = parser.parse_args()
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ def main() -> None:
         result = {
             "steps": [
                 steps(path, placement, batch_size, device, options.steps, options.repeats)
-                for batch_size in (128, 512, 2048)
+                for batch_size in options.batch_sizes
                 for placement in ("resident", "stream")
             ],
             "copies": [copies(path, batch_size, device, options.repeats) for batch_size in (512, 2048, 8192)],

@@ -40,7 +40,6 @@ class Rung:
 
 GROUND: dict[str, Any] = {
     "loader": "dataloader",
-    "workers": 0,
     "amp": "off",
     "compile": "off",
     "channels_last": False,
@@ -76,7 +75,7 @@ def rungs(preset: str) -> list[Rung]:
         ),
         Rung(
             "compiled file and Loader",
-            {"loader": "ours", "workers": None},
+            {"loader": "ours"},
             "one gather per batch from the memory map",
             "the model must have been waiting for batches; fastmnist bench shows the loaders alone",
         ),
