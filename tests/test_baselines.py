@@ -764,7 +764,14 @@ def test_mnist_is_trained_on_in_a_quasi_random_order(make_trainer, mnist_folder,
 def test_all_loaders_train_to_about_the_same_accuracy(tmp_path):
     accuracies = {
         kind: train(
-            TrainConfig(dataset="digits", epochs=8, batch_size=64, loader=kind, out=str(tmp_path / kind))
+            TrainConfig(
+                dataset="digits",
+                model="small-cnn",
+                epochs=8,
+                batch_size=64,
+                loader=kind,
+                out=str(tmp_path / kind),
+            )
         ).summary["test_accuracy"]
         for kind in LOADERS
     }
