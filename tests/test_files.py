@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,20 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def die_writing(path: Path) -> None:
-    with replacing(path) as file:
-        file.write(b"half")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+DIE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from fastmnist.files import replacing
+
+with replacing(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def killed_while_writing(path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=die_writing, args=(path,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", DIE_WRITING, path], timeout=60).returncode == -signal.SIGKILL
 
 
 def orphan(path: Path, process: int = 1) -> Path:
