@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from fastmnist.data.idx import IdxFile
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "fastmnist_colab.ipynb"
 CONSTRAINTS = ROOT / "notebooks" / "colab-constraints.txt"
@@ -157,6 +155,8 @@ def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
 def test_it_runs_on_mnist(
     mnist_folder: Path, write_idx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fastmnist.data.idx import IdxFile  # not above: the notebook is tried where fastmnist is missing too
+
     """On all training images, and a tenth of the test images: it looks at those a dozen times."""
     data = tmp_path / "data"
     data.mkdir()
