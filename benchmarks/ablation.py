@@ -94,8 +94,8 @@ def averaged_weights(trainer: Trainer) -> None:
     inner, weights = trainer.train_step, list(trainer.model.parameters())
     average: list[torch.Tensor] = []
 
-    def train_step(*batch: Any) -> None:
-        inner(*batch)
+    def train_step(at: int) -> None:
+        inner(at)
         values = [weight.detach() for weight in weights]
         if trainer.step < trainer.steps // 2:
             return
@@ -104,8 +104,15 @@ def averaged_weights(trainer: Trainer) -> None:
         torch._foreach_lerp_(average, values, 0.05)
         if trainer.step == trainer.steps:
             torch._foreach_copy_(values, average)
+            refresh(trainer)
 
     trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def refresh(trainer: Trainer) -> None:
+    """After the weights were changed from outside."""
+    if trainer.low is not None:
+        trainer.low.refresh()
 
 
 def lookahead(trainer: Trainer) -> None:
@@ -113,12 +120,13 @@ def lookahead(trainer: Trainer) -> None:
     inner, weights = trainer.train_step, list(trainer.model.parameters())
     slow = [weight.detach().clone() for weight in weights]
 
-    def train_step(*batch: Any) -> None:
-        inner(*batch)
+    def train_step(at: int) -> None:
+        inner(at)
         if trainer.step % 5 == 0 or trainer.step == trainer.steps:
             values = [weight.detach() for weight in weights]
             torch._foreach_lerp_(slow, values, 0.5)
             torch._foreach_copy_(values, slow)
+            refresh(trainer)
 
     trainer.train_step = train_step  # type: ignore[method-assign]
 
@@ -129,13 +137,16 @@ def smaller_batches_first(trainer: Trainer) -> None:
     until = round(trainer.steps * SMALL_BATCHES)
     trainer.rates = [rate / 1.4 if at < until else rate for at, rate in enumerate(trainer.rates)]
 
-    def train_step(batch: Any, transforms: torch.Tensor | None, at: int) -> None:
+    def train_step(at: int) -> None:
         if trainer.step >= until:
-            return inner(batch, transforms, at)
-        images, labels = batch
-        for part in (slice(None, half), slice(half, None)):
-            inner((images[part], labels[part]), None if transforms is None else transforms[part], at)
-            trainer.step -= part.start is None
+            return inner(at)
+        images, labels, first = trainer._loaded
+        start = (at - first) * trainer.loader.batch_size
+        for half_at in (start, start + half):
+            part = slice(half_at, half_at + half)
+            trainer.rate.fill_(trainer.rates[trainer.step])
+            trainer._losses[at], trainer._right[at] = trainer.update(images[part], labels[part])
+        trainer.step += 1
 
     trainer.train_step = train_step  # type: ignore[method-assign]
 
@@ -171,7 +182,7 @@ def muon(trainer: Trainer) -> None:
     peak = max(trainer.rates)
 
     def step() -> None:
-        rate = trainer.optimizer.param_groups[0]["lr"]
+        rate = float(trainer.rate)
         rest.param_groups[0]["lr"], newton_schulz.param_groups[0]["lr"] = rate, 0.02 * rate / peak
         for matrix, weight in zip(flat, inner, strict=True):
             assert weight.grad is not None
@@ -203,17 +214,16 @@ def without_easy_images(trainer: Trainer) -> None:
     """From three fifths of the steps on, gradients of the harder half of each batch alone; all are still computed."""
     inner = trainer.compute
 
-    def compute(images: torch.Tensor, labels: torch.Tensor, transforms: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if trainer.step < trainer.steps * EASY_FROM:
-            return inner(images, labels, transforms)
+            return inner(images, labels)
         trainer.model.eval()
         amp = trainer.precision.amp
         with torch.no_grad(), torch.autocast(trainer.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            values = trainer.normalise(images.float()).contiguous(memory_format=torch.channels_last)
-            losses = functional.cross_entropy(trainer.model(values).float(), labels, reduction="none")
+            losses = functional.cross_entropy(trainer.model(images).float(), labels, reduction="none")
         trainer.model.train()
         hard = losses.topk(len(labels) // 2).indices
-        loss, right = inner(images[hard], labels[hard], None if transforms is None else transforms[hard])
+        loss, right = inner(images[hard], labels[hard])
         return loss, 2 * right
 
     trainer.compute = compute
@@ -277,6 +287,7 @@ def beginning(way: Way, config: TrainConfig, seed: int, device: torch.device) ->
         model = make_model(files, config, device)
         trainer = Trainer(model, loaders.train, config, choose_precision(config.amp, device))
         way.change(trainer)
+        refresh(trainer)
         yield trainer, loaders.validation, files.train.moments
     finally:
         loaders.close()
@@ -295,7 +306,7 @@ def seconds(way: Way, config: TrainConfig, device: torch.device) -> Callable[[],
 
     def measure() -> float:
         with beginning(way, config, 0, device) as (trainer, _, _):
-            size, taken, images = trainer.loader.batch_size, 0.0, 0
+            size, taken, seen = trainer.loader.batch_size, 0.0, 0
             transforms = trainer.transforms(0)
             batches = iter(trainer.loader)
             trainer.model.train()
@@ -303,15 +314,16 @@ def seconds(way: Way, config: TrainConfig, device: torch.device) -> Callable[[],
             for part in (0.0, 0.2, 0.55, 0.9):
                 trainer.step = int(part * trainer.steps)
                 for at in range(each + 1):
-                    images_, labels = next(batches)
+                    images, labels = next(batches)
                     moves = None if transforms is None else transforms[: len(labels)]
                     begun = time.perf_counter()
-                    trainer.train_step((images_, labels), moves, 0)
+                    trainer.load(images, labels, moves, 0)
+                    trainer.train_step(0)
                     trainer.synchronize()
                     if at:  # the first step of a part warms up
                         taken += time.perf_counter() - begun
-                        images += size
-            return taken / images
+                        seen += size
+            return taken / seen
 
     return measure
 

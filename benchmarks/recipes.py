@@ -29,10 +29,14 @@ BATCH_SIZE = 128
 
 @dataclass
 class Trained:
-    """train_seconds, and the test accuracy at each look: after every epoch, with the training seconds until then."""
+    """The test accuracy at each look, after every epoch, with the training seconds until then; and other clocks.
+
+    mlperf_seconds: from the first touch of the data to the last look, looks counted; None where that is not measured.
+    """
 
     seed: int
     train_seconds: float = 0.0
+    mlperf_seconds: float | None = None
     test_accuracy: float = 0.0
     looks: list[dict[str, float]] = field(default_factory=list)
 
@@ -91,6 +95,61 @@ def notebook_recipe(
         return _epochs(model, steps, test, train.moments, seed, most=most, until=until)
 
 
+def small_cnn_recipe(train: Beton, test: Beton, device: torch.device, seed: int) -> Trained:
+    """The fastest published one that we know: a small CNN, one epoch, Adam up to 0.01, all images on the device.
+
+    99.04 % in 0.762 s on a GTX 1660 Ti, evaluation counted (github.com/tuomaso/train_mnist_fast), written
+    anew. Eager float32, no augmentation.
+    """
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 24, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(24, 32, 3),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    ).to(device)
+    size, count = 256, len(train)
+    steps = -(-count // size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.7, 0.9))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps, cycle_momentum=False)
+    synchronize(device)
+    begun = time.perf_counter()
+    (images, labels), (test_images, test_labels) = (_on_device(file, device) for file in (train, test))
+    normalise = Normaliser(*train.moments, device)
+    images, test_images = normalise(images), normalise(test_images)
+    synchronize(device)
+    trained, started = Trained(seed), time.perf_counter()
+    for batch in torch.randperm(count, device=device).split(size):
+        functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    synchronize(device)
+    trained.train_seconds = time.perf_counter() - started
+    with torch.no_grad():
+        right = torch.cat([model(part).argmax(1) for part in test_images.split(5000)]) == test_labels
+    trained.test_accuracy = right.float().mean().item()
+    trained.mlperf_seconds = time.perf_counter() - begun
+    return trained
+
+
+def _on_device(file: Beton, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    with Loader(file, len(file), shuffle=False, device=device, rank=0, world_size=1) as loader:
+        images, labels = next(iter(loader))
+    return images.contiguous(), labels
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _epochs(
     model: nn.Module,
     steps: Callable[[], Iterator[None]],
@@ -109,8 +168,7 @@ def _epochs(
             begun = time.perf_counter()
             for _ in steps():
                 pass
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             trained.train_seconds += time.perf_counter() - begun
             trained.test_accuracy = evaluate_model(model, loader, *moments).accuracy
             look = {"epoch": epoch + 1, "seconds": trained.train_seconds, "test_accuracy": trained.test_accuracy}

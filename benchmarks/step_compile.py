@@ -61,7 +61,8 @@ def one(options: Any) -> dict[str, float]:
         batch = next(batches)
         part = None if transforms is None else transforms[: len(batch[1])]
         begun = time.perf_counter()
-        trainer.train_step(batch, part, 0)
+        trainer.load(*batch, part, 0)
+        trainer.train_step(0)
         trainer.synchronize()
         milliseconds.append(1e3 * (time.perf_counter() - begun))
     loaders.close()

@@ -52,7 +52,8 @@ def test_epoch(name, data, device, measure):
             trainer.synchronize()
             begun = time.perf_counter()
             for _ in range(LIMIT_STEPS):
-                trainer.train_step(fixed, None if transforms is None else transforms[:BATCH_SIZE], 0)
+                trainer.load(*fixed, None if transforms is None else transforms[:BATCH_SIZE], 0)
+                trainer.train_step(0)
                 trainer.step = step  # there is no step of the epoch that these are
             trainer.synchronize()
             return (time.perf_counter() - begun) / LIMIT_STEPS * len(loader)

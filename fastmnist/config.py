@@ -15,7 +15,7 @@ from fastmnist.errors import ConfigError, whole_number
 Stem = Literal["imagenet", "stride2", "cifar"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 LoaderName = Literal["ours", "ffcv", "dataloader", "tuned", "tensors"]
-Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "cudagraphs", "graph"]
+Compile = Literal["auto", "off", "graph", "default", "max-autotune"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class RunConfig:
     """Mixed precision: bf16 from compute capability 8.0 and on processors that have it, fp16 with a scaler below."""
 
     compile: Compile = "auto"
-    """A mode of torch.compile, or graph: the whole step as one CUDA graph. auto weighs the cost against the gain."""
+    """graph records the whole step as one CUDA graph; default and max-autotune compile it first (torch.compile), which
+    takes half a minute or minutes; auto records on a GPU, and compiles where the run is long enough."""
 
     log_every: Optional[int] = None
     """Steps between two lines in metrics.jsonl; by default 50, fewer in a short run."""

@@ -166,7 +166,7 @@ class _Run:
         device = choose_device(self.config.device)
         self._compare_with_tuning(device)
         self.precision = self._choose_precision(device, resumed)
-        choose_compile(self.config.compile, device, 0.0)  # says at once what cannot work
+        choose_compile(self.config.compile, device)  # says at once what cannot work
         with self.clocks.measure("data"):
             self.loaders = make_loaders(self.files, self.config, device)
         torch.manual_seed(self.config.seed)
@@ -269,8 +269,7 @@ class _Run:
         ):
             self.events = events
             try:
-                with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # shapes never change
-                    done = self._epochs(stop)
+                done = self._epochs(stop)
                 evaluation = self._evaluate(self.loaders.test, stop) if done else None
             except StopRequested:
                 evaluation = None

@@ -23,7 +23,8 @@ from fastmnist.runfolder import checked_settings
 from fastmnist.training.evaluate import EVALUATION_BATCH
 from fastmnist.training.live_taps import use_live_taps
 from fastmnist.training.loop import DEFAULT_RATES
-from fastmnist.training.model import build_model
+from fastmnist.training.model import build_model, stop_counting
+from fastmnist.training.overlap import overlap
 
 VAL_SIZE, VAL_SHARE = 5000, 0.1
 SPLIT_SEED = 0  # one validation split for all seeds, so that runs compare
@@ -158,6 +159,9 @@ def make_model(files: RunFiles, config: TrainConfig, device: torch.device) -> nn
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if config.live_taps and config.model == "resnet18":
         use_live_taps(model, (height, width, channels))
+    stop_counting(model)
+    if device.type == "cuda":
+        overlap(model)
     return model
 
 

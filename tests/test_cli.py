@@ -87,8 +87,8 @@ def test_settings_that_do_not_fit_the_data(run: Callable[..., str], data: Path, 
         (["--batch-size", "16", "--val-size", "5"], "--val-size 5: mnist cannot be split so"),
         (["--batch-size", "16", "--val-size", "0", "--model", "torchvision:vgg11"], "torchvision:vgg11"),
         (
-            ["--batch-size", "16", "--val-size", "0", "--compile", "cudagraphs", "--device", "cpu"],
-            "--compile cudagraphs",
+            ["--batch-size", "16", "--val-size", "0", "--compile", "graph", "--device", "cpu"],
+            "--compile graph",
         ),
         (["--epochs", "0"], "--epochs 0"),
     ):

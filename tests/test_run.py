@@ -286,8 +286,8 @@ def test_a_damaged_checkpoint_or_model_is_refused(stopped: Path, cut: int, capsy
 
 
 def test_a_failed_run_leaves_no_folder(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    def explode(self, images, labels, transforms):
-        logits = self.model(images.float())
+    def explode(self, images, labels):
+        logits = self.model(images.float())  # with the float32 weights
         return logits.sum() * float("inf"), logits.argmax(1).sum()
 
     monkeypatch.setattr(Trainer, "forward", explode)
@@ -346,7 +346,7 @@ def test_compiled_training_learns_the_same(settings: dict, tmp_path: Path) -> No
     real = torch.compile
     eager = train(TrainConfig(**settings | {"epochs": 1, "out": str(tmp_path / "eager")})).summary
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function, mode: real(function, backend="aot_eager"))
+        patch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager"))
         compiled = train(TrainConfig(**settings | {"epochs": 1, "compile": "default"})).summary
     torch._dynamo.reset()
     assert compiled["compile"] == "default"
@@ -354,7 +354,7 @@ def test_compiled_training_learns_the_same(settings: dict, tmp_path: Path) -> No
 
 
 def test_a_compiler_that_fails_is_reported(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function, mode):
+    def broken(function, **options):
         def fail(*arguments):
             raise RuntimeError("no compiler found\nand more")
 

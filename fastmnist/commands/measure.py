@@ -150,6 +150,7 @@ def describe_speedrun() -> Parser:
 
 
 def speedrun_command(options: Any) -> int:
+    from fastmnist.presets import TARGETS
     from fastmnist.report.progress import Reporter
     from fastmnist.report.speedrun import plot_speedrun
     from fastmnist.speedrun import speedrun
@@ -164,6 +165,7 @@ def speedrun_command(options: Any) -> int:
                 preset=preset,
                 command=f"fastmnist {shlex.join(without_folders(options.arguments))}",
                 shifted=options.shifted,
+                target=TARGETS.get(preset),
                 reporter=reporter,
                 progress=progress,
             )

@@ -8,6 +8,7 @@ import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from threading import get_ident
 from types import TracebackType
@@ -140,6 +141,19 @@ class EpochLoader(ABC):
         return min(len(self) * self.batch_size, len(self._epoch_order))
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._begin(1)
+
+    def chunks(self, count: int) -> Iterator[Batch]:
+        """As a loop over the loader, with up to `count` batches as one: images (n, C, H, W) and labels (n,)."""
+        return self._begin(count)
+
+    def _chunks(self, epoch: int, first: int, count: int) -> Iterator[Batch]:
+        batches = self._batches(epoch, first)
+        while together := list(islice(batches, count)):
+            images, labels = zip(*together, strict=True)
+            yield torch.cat(images), torch.cat(labels)
+
+    def _begin(self, count: int) -> Iterator[Batch]:
         self._check_open()
         if self._current is not None and (running := self._current()) is not None:
             running.check_thread()
@@ -149,7 +163,7 @@ class EpochLoader(ABC):
         epoch, batch = self._next
         self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
         self._next = (epoch + 1, 0)
-        started = _Epoch(self, epoch, batch)
+        started = _Epoch(self, epoch, batch, count)
         self._current = weakref.ref(started)
         return started
 
@@ -263,9 +277,11 @@ class EpochLoader(ABC):
 class _Epoch(Iterator[Batch]):
     """One epoch's batches, for one thread: what two would get could not be told, and where they stand neither."""
 
-    def __init__(self, loader: EpochLoader, epoch: int, first: int) -> None:
+    def __init__(self, loader: EpochLoader, epoch: int, first: int, together: int) -> None:
         self._loader, self._epoch, self._number, self._count = loader, epoch, first, len(loader)
-        self._advance = loader._batches(epoch, first).__next__
+        self._together = together
+        batches = loader._batches(epoch, first) if together == 1 else loader._chunks(epoch, first, together)
+        self._advance = batches.__next__
         self._thread: threading.Thread | None = None  # the one that asks first
         self._identifier = 0  # its
         self._done = False
@@ -291,7 +307,7 @@ class _Epoch(Iterator[Batch]):
         except BaseException:
             self._done = True
             raise
-        self._number = number = self._number + 1
+        self._number = number = self._number + self._together
         if self.leads:
             loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
         return batch

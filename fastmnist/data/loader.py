@@ -21,7 +21,7 @@ from fastmnist.data.normalise import Normaliser
 from fastmnist.data.order import EpochOrder, Kind, Uneven, Window
 from fastmnist.data.paging import WindowReader
 from fastmnist.data.threads import Helpers, Piece
-from fastmnist.data.transfer import copied_batches
+from fastmnist.data.transfer import copied_batches, on_device
 from fastmnist.errors import whole_number
 
 __all__ = ["DTYPES", "Batch", "Loader"]
@@ -204,7 +204,7 @@ class Loader(EpochLoader):
         mend_array_types()
         parts = self._parts(epoch, first)
         if self._on_device:
-            return self._device_batches(parts)
+            return self._device_batches(parts, self.batch_size)
         if self.device.type == "cuda":
             size = (self.batch_size, self.file.image_size)
             single = (part.cut(a, a + size[0]) for part in parts for a in range(0, len(part.rows), size[0]))
@@ -216,10 +216,16 @@ class Loader(EpochLoader):
             return batches
         return ((images.to(self.dtype), labels) for images, labels in batches)
 
-    def _parts(self, epoch: int, first: int) -> Iterator[Part]:
-        """The epoch from batch `first` on, some whole batches at a time."""
+    def _chunks(self, epoch: int, first: int, count: int) -> Iterator[Batch]:
+        if not self._on_device:
+            return super()._chunks(epoch, first, count)
+        size = count * self.batch_size
+        return self._device_batches(self._parts(epoch, first, size), size)
+
+    def _parts(self, epoch: int, first: int, step: int = 0) -> Iterator[Part]:
+        """The epoch from batch `first` on, some whole batches at a time (`step` samples)."""
         rows, windows, draws = self._plan(epoch)
-        step = max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
+        step = step or max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
         begin, reader = first * self.batch_size, None
         if len(windows) > 1:
             lag = self._host.lag
@@ -243,7 +249,7 @@ class Loader(EpochLoader):
         if self.dtype == torch.uint8:
             return images
         if self.augment is not None and draws is not None:
-            matrices = torch.from_numpy(self.augment.matrices(draws, self.file.image_shape[:2])).to(self.device)
+            matrices = on_device(self.augment.matrices(draws, self.file.image_shape[:2]), self.device)
             images = warp_on_device(images.to(torch.float32), matrices).contiguous(memory_format=torch.channels_last)
         return self._normalise(images, self.dtype)
 
@@ -257,11 +263,11 @@ class Loader(EpochLoader):
                 yield self._finish(images.to(self.device), draws), labels.to(self.device)
                 start += len(labels)
 
-    def _device_batches(self, parts: Iterator[Part]) -> Iterator[Batch]:
+    def _device_batches(self, parts: Iterator[Part], size: int) -> Iterator[Batch]:
         for part in parts:
-            rows = torch.from_numpy(part.rows).to(self.device)
-            for start in range(0, len(rows), self.batch_size):
-                chosen = slice(start, start + self.batch_size)
+            rows = on_device(part.rows, self.device)
+            for start in range(0, len(rows), size):
+                chosen = slice(start, start + size)
                 images = self._device_images.index_select(0, rows[chosen])
                 draws = None if part.draws is None else part.draws[chosen]
                 yield self._finish(images, draws), self._device_labels.index_select(0, rows[chosen])

@@ -12,6 +12,12 @@ from fastmnist.data.epochs import Batch
 from fastmnist.data.gathering import Part
 
 
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` there; a GPU gets it in the order of its work, and nothing waits for that."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class _PinnedSlot:
     """Page-locked host memory for one batch, and the event that tells when its copy is done."""
 

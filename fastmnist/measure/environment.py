@@ -36,7 +36,24 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
+        found |= _gpu_state(torch.cuda.get_device_properties(device).uuid)
     return found
+
+
+def _gpu_state(uuid: Any) -> dict[str, str]:
+    """Driver, power limit and clocks as the driver's own tool gives them; nothing where there is no such tool."""
+    asked = {
+        "driver": "driver_version",
+        "power_limit": "power.limit",
+        "clock": "clocks.sm",
+        "clock_limit": "clocks.max.sm",
+    }
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(asked, (value.strip() for value in answer.strip().split(",")), strict=False))
 
 
 def commit() -> str | None:

@@ -12,10 +12,10 @@ import torch
 from fastmnist.config import TrainConfig
 from fastmnist.data.augment import Augmentation
 from fastmnist.data.epochs import Batch
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError
 from fastmnist.report.progress import Reporter
-from fastmnist.training.compiling import compile_step
-from fastmnist.training.loop import Trainer
+from fastmnist.training.compiling import set_up_compile
+from fastmnist.training.loop import Trainer, fastest_convolutions
 from fastmnist.training.precision import choose_compile, choose_device, choose_precision
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ def training_setup(
 ) -> Iterator[TrainingSetup]:
     """Opens files and loaders, builds model and optimizer as a run does, and closes them when the block ends.
 
-    Compiled only when `config.compile` names a mode. The learning rate stays the schedule's first, small one, and all
-    batches are augmented by the same draws: a step costs what it costs in a run, and no loss grows without bound.
+    Compiled only when `config.compile` names a mode; on a GPU the step is recorded. The learning rate stays the
+    schedule's first, small one, and all batches are augmented by the same draws: a step costs what it costs in a run,
+    and no loss grows without bound.
 
     Args:
         largest_batch: that `step` is given; by default config.batch_size.
@@ -70,21 +71,17 @@ def training_setup(
             reporter.say(files.note)
         device = choose_device(config.device)
         precision = choose_precision(config.amp, device)
-        choose_compile(config.compile, device, 0.0)  # says at once what cannot work
+        mode, _ = choose_compile(config.compile, device)  # says at once what cannot work
         loaders = make_loaders(files, config, device)
         leaving.callback(loaders.close)
-        height, width, channels = files.train.image_shape
+        height, width, _ = files.train.image_shape
         torch.manual_seed(config.seed)
         model = make_model(files, config, device)
         trainer = Trainer(model, loaders.train, config, precision)
         model.train()
-        leaving.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))  # as in a run
         transforms = _transforms(config, largest_batch or config.batch_size, (height, width), device)
-        if config.compile == "graph":
-            trainer.record_graph()
-        elif config.compile not in ("auto", "off"):
-            shape = (config.batch_size, channels, height, width)
-            _compile(trainer, config.compile, shape, transforms)
+        if mode != "off":
+            set_up_compile(trainer, mode)
         yield TrainingSetup(files, config, device, loaders.train.indices, loaders, _step_of(trainer, transforms))
 
 
@@ -100,30 +97,20 @@ def _transforms(
 
 
 def _step_of(trainer: Trainer, transforms: torch.Tensor | None) -> Callable[[Batch], None]:
-    device = trainer.device
+    device, recorded = trainer.device, trainer.graph
 
+    @fastest_convolutions
     def step(batch: Batch) -> None:
         images, labels = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
         part = None if transforms is None or images.dtype != torch.uint8 else transforms[: len(labels)]
         trainer.step = 0  # there is no end of steps
+        trainer.graph = recorded if len(labels) == trainer.loader.batch_size else None  # it has one size
         try:
-            trainer.train_step((images, labels), part, 0)
+            trainer.load(images, labels, part, 0)
+            trainer.train_step(0)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"--batch-size {len(labels)} does not fit into the memory of {device}; take a smaller one"
             ) from None
 
     return step
-
-
-def _compile(trainer: Trainer, mode: str, shape: tuple[int, ...], transforms: torch.Tensor | None) -> None:
-    """Compiles the step for batches of that shape, as the run's own loader makes them."""
-    compile_step(trainer, mode)
-    dtype, device = trainer.loader.dtype, trainer.device
-    images = torch.zeros(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    try:
-        trainer.trial((images, labels), transforms if dtype == torch.uint8 else None)
-    except Exception as error:
-        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise FastmnistError(f"--compile {mode} does not work here: {what}; say --compile off") from error

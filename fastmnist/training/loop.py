@@ -9,21 +9,43 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from fastmnist.config import TrainConfig
 from fastmnist.data.augment import Augmentation, warp_on_device
-from fastmnist.data.epochs import Batch, EpochLoader
+from fastmnist.data.epochs import EpochLoader
 from fastmnist.data.normalise import Normaliser
+from fastmnist.data.transfer import on_device
 from fastmnist.errors import ConfigError, DataError, FastmnistError
-from fastmnist.training.graph import StepGraph
+from fastmnist.training.graph import Body, StepGraph, cuda_graph
+from fastmnist.training.looks import Look, Looks
+from fastmnist.training.overlap import join
 from fastmnist.training.precision import Precision
+from fastmnist.training.weights import LowWeights
 
 Record = dict[str, Any]
 DEFAULT_RATES = {"sgd": 0.1, "adamw": 0.003}
 LOG_EVERY, LEAST_LINES = 50, 30  # steps between two looks at the loss; looks in a run, unless it is shorter
 FIRST_SCALE = 2.0**10  # of fp16's gradients: at torch's own 2**16 the first step overflows
+WAKING_SECONDS = 0.2
+CHUNK_VALUES = 1 << 24  # pixels that a GPU prepares together: 134 MB at most for where each comes from
 FIRST_RATE, LAST_RATE = 25.0, 1e4  # the peak rate over the first, and the first over the last one
+
+
+# Shapes never change: cuDNN times its algorithms once. All that trains, warms up or records is to find the same ones.
+fastest_convolutions = torch.backends.cudnn.flags(enabled=True, benchmark=True)
+
+
+def wake(device: torch.device) -> None:
+    """Raises a GPU's clock, a fraction at rest of what it is at work: times taken then mislead cuDNN's choice."""
+    if device.type != "cuda":
+        return
+    matrix = torch.ones(4096, 4096, device=device, dtype=torch.float16)
+    until = time.perf_counter() + WAKING_SECONDS
+    while time.perf_counter() < until:
+        matrix @ matrix
+        torch.cuda.synchronize(device)
 
 
 def one_cycle(steps: int, peak: float, warmup: float) -> list[float]:
@@ -53,8 +75,9 @@ class Trainer:
     Attributes:
         step, steps: optimizer steps done, and in all; the last epoch may be a part of one.
         seconds: the training clock: from a batch's request to the end of its step, without validation.
-        compute: (images, labels, transforms) to (mean loss, number of right answers); may be replaced by its compiled
-            form.
+        chunk: batches that are prepared together.
+        compute: (images, labels) that are prepared to (mean loss, number of right answers); may be replaced by its
+            compiled form.
         graph: the whole step, once it is recorded.
     """
 
@@ -64,35 +87,44 @@ class Trainer:
         self.device = loader.device
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.steps = max(1, round(len(loader) * config.epochs))
+        self.chunk = _batches_together(loader)
         self.normalise = Normaliser(*loader.file.moments, self.device)
-        on_device = config.augment and loader.dtype == torch.uint8
-        self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if on_device else None
+        moved_here = config.augment and loader.dtype == torch.uint8
+        self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if moved_here else None
+        self.rate = torch.zeros((), device=self.device)
         self.optimizer = self._optimizer()
         self._fill_optimizer_state()
-        self.scaler = self._scaler()
+        self.low = None if precision.amp is None else LowWeights(model, precision.amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE, enabled=precision.scaled)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
         self.rates = one_cycle(self.steps, peak, config.warmup)
+        classes, smoothing = len(loader.file.class_names), config.label_smoothing
+        # What each label asks for, (C, C): a third of the operations of cross_entropy's own label_smoothing.
+        self._targets = torch.eye(classes, device=self.device) * (1 - smoothing) + smoothing / classes
         self.compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.forward
         self.graph: StepGraph | None = None
         self.step = 0
         self.seconds = 0.0
         self._losses = torch.zeros(len(loader), device=self.device)
         self._right = torch.zeros(len(loader), device=self.device)
+        self._loaded: tuple[torch.Tensor, torch.Tensor, int]  # images, labels, place of the first batch
+        self._moves: tuple[int, torch.Tensor | None] | None = None  # an epoch's transforms
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        config, rate = self.config, 0.0  # each step sets its own rate
+        config = self.config
         if config.optimizer == "adamw":
             return torch.optim.AdamW(
                 self.model.parameters(),
-                lr=rate,
+                lr=self.rate,
                 betas=(config.momentum, 0.999),
                 weight_decay=config.weight_decay,
                 fused=True,
+                capturable=self.device.type == "cuda",
             )
         return torch.optim.SGD(
             self.model.parameters(),
-            lr=rate,
+            lr=self.rate,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
@@ -108,36 +140,50 @@ class Trainer:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._clear_optimizer_state()
+        for value in self._optimizer_state():
+            value.zero_()
 
-    def _clear_optimizer_state(self) -> None:
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
+    def _optimizer_state(self) -> list[torch.Tensor]:
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [value for value in values if isinstance(value, torch.Tensor)]
 
-    def _scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE, enabled=self.precision.scaled)
-
-    def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augments, normalises, classifies; images (B, C, H, W) uint8, labels (B,), transforms (B, 2, 3) or None.
+    def prepare(self, images: torch.Tensor, transforms: torch.Tensor | None) -> torch.Tensor:
+        """Augments and normalises images (n, C, H, W) uint8 after transforms (n, 2, 3) or None, for `compute`.
 
         Images of a float type come augmented and normalised from their loader.
         """
-        values = images.to(torch.float32)
-        if transforms is not None:
-            values = warp_on_device(values, transforms)
         if images.dtype == torch.uint8:
-            values = self.normalise(values)
+            images = images.to(torch.float32)
+            if transforms is not None:
+                images = warp_on_device(images, transforms)
+            images = self.normalise(images)
         # A map of one channel is laid out both ways: a copy says which one is meant.
-        values = values.clone(memory_format=self.layout)
+        return images.to(self.precision.amp or torch.float32).clone(memory_format=self.layout)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classifies images (B, C, H, W) that are prepared, and holds that against labels (B,) int64."""
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            logits = self.model(values)
-        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+            logits = functional_call(self.model, self.low.tensors, (images,)) if self.low else self.model(images)
+        loss = functional.cross_entropy(logits.float(), self._targets[labels])
         return loss, (logits.argmax(1) == labels).sum()
+
+    def update(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step at `rate` on a prepared batch: its mean loss and right answers, on the device.
+
+        Nothing in it waits for the device, and all that it changes stays where it is in memory.
+        """
+        loss, right = self.compute(images, labels)
+        self.scaler.scale(loss).backward()
+        join()
+        if self.low is not None:
+            self.low.hand_over_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.low is not None:
+            self.low.refresh()
+        return loss.detach(), right
 
     def transforms(self, epoch: int) -> torch.Tensor | None:
         """(images of the epoch in their order, 2, 3) on the device; None without augmentation."""
@@ -145,9 +191,37 @@ class Trainer:
         if augmentation is None:
             return None
         drawn = augmentation.draw(len(loader.file), loader.seed, epoch)[loader.epoch_indices(epoch)]
-        matrices = augmentation.matrices(drawn, loader.file.image_shape[:2])
-        return torch.from_numpy(matrices).to(self.device)
+        return on_device(augmentation.matrices(drawn, loader.file.image_shape[:2]), self.device)
 
+    def _transforms(self, epoch: int) -> torch.Tensor | None:
+        """The same; made once when it is asked for again."""
+        if self._moves is None or self._moves[0] != epoch:
+            self._moves = epoch, self.transforms(epoch)
+        return self._moves[1]
+
+    def load(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None, at: int) -> None:
+        """Prepares the batches of the steps to come, the first of which is number `at` of its epoch.
+
+        images (n, C, H, W) as a loader gives them, labels (n,), transforms (n, 2, 3) or None; at most `chunk` batches.
+        """
+        prepared = self.prepare(images, transforms)
+        self._loaded = prepared, labels, at
+        if self.graph is not None:
+            self.graph.load(prepared, labels, at, self.step)
+
+    def train_step(self, at: int) -> None:
+        """The optimizer step of the loaded batch `at`; loss and right answers stay on the device, at that place."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            images, labels, first = self._loaded
+            size = self.loader.batch_size
+            batch = slice((at - first) * size, (at - first + 1) * size)
+            self.rate.fill_(self.rates[self.step])
+            self._losses[at], self._right[at] = self.update(images[batch], labels[batch])
+        self.step += 1
+
+    @fastest_convolutions
     def warm_up(self, passes: int = 1) -> float:
         """Forward and backward passes that leave no trace in the model: compiles, and finds what does not fit.
 
@@ -157,64 +231,114 @@ class Trainer:
         Raises:
             ConfigError: the batch does not fit into the GPU's memory; names one that does.
         """
-        state = self.loader.state_dict()
-        batch = next(iter(self.loader))
-        self.loader.load_state_dict(state)
-        transforms = self.transforms(0)
+        wake(self.device)
+        images, labels, transforms = self._example()
+        size = self.loader.batch_size
+        part = None if transforms is None else transforms[:size]
         try:
-            return self.trial(batch, transforms, passes)
+            return self.trial(images[:size], labels[:size], part, passes)
         except torch.OutOfMemoryError:
-            raise ConfigError(self._advice_on_memory(batch, transforms)) from None
+            raise ConfigError(self._advice_on_memory(images[:size], labels[:size], part)) from None
 
-    def trial(self, batch: Batch, transforms: torch.Tensor | None, passes: int = 1) -> float:
+    def _example(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The first batches that are prepared together, and the transforms of their images."""
+        state = self.loader.state_dict()
+        self.loader.set_epoch(0)  # as many as there ever are
+        images, labels = next(iter(self.loader.chunks(self.chunk)))
+        self.loader.load_state_dict(state)
+        transforms = self._transforms(0)
+        return images, labels, None if transforms is None else transforms[: len(labels)]
+
+    def load_example(self) -> None:
+        """Loads the first `chunk` batches of the first epoch: for who measures steps."""
+        self.load(*self._example(), 0)
+
+    def trial(
+        self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None, passes: int = 1
+    ) -> float:
         """Seconds per forward and backward pass; statistics, gradients and random state are as before."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         random_state = _random_state(self.device)
-        images, labels = batch
         try:
+            prepared = self.prepare(images, transforms)
             self.synchronize()
             begun = time.perf_counter()
             for _ in range(passes):
-                loss, _ = self.compute(images, labels, None if transforms is None else transforms[: len(labels)])
+                loss, _ = self.compute(prepared, labels)
                 self.scaler.scale(loss).backward()
-                self.optimizer.zero_grad(set_to_none=True)
+                join()
+                self._forget_gradients()
             self.synchronize()
             return (time.perf_counter() - begun) / passes
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             with torch.no_grad():
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(buffers[name])
             _set_random_state(random_state, self.device)
 
-    def record_graph(self) -> float:
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.low is not None:
+            for tensor in self.low.tensors.values():
+                tensor.grad = None
+
+    @fastest_convolutions
+    def record_graph(self, record: Callable[[Body, Body], Body] = cuda_graph) -> float:
         """From now on a step is one CUDA graph: returns the seconds that it took. Raises RuntimeError as StepGraph."""
-        state = self.loader.state_dict()
-        images, labels = next(iter(self.loader))
-        self.loader.load_state_dict(state)
-        transforms = self.transforms(0)
-        part = None if transforms is None else transforms[: len(labels)]
-        graph = StepGraph(self.compute, self.model, self.optimizer, images, labels, part, self._losses, self._right)
-        self.graph = graph
-        return graph.seconds
+        images, labels, transforms = self._example()
+        random_state = _random_state(self.device)
+        self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
+        scaler = self.scaler.state_dict()
+        low = [] if self.low is None else list(self.low.tensors.values())
+        try:
+            self.graph = StepGraph(
+                self.update,
+                self.prepare(images, transforms),
+                labels,
+                self.loader.batch_size,
+                self.rate,
+                torch.tensor(self.rates, device=self.device),
+                self._losses,
+                self._right,
+                [
+                    *self.model.parameters(),
+                    *self.model.buffers(),
+                    *low,
+                    *self._optimizer_state(),
+                    self._losses,
+                    self._right,
+                ],
+                record,
+            )
+        finally:
+            self._forget_gradients()
+            if self.precision.scaled:
+                self.scaler.load_state_dict(scaler)
+            _set_random_state(random_state, self.device)
+        return self.graph.seconds
 
     def begin_again(self, model: nn.Module, loader: EpochLoader) -> None:
         """From step 0 with the weights of `model` and the order of `loader`, and what was compiled or recorded."""
         with torch.no_grad():
             self.model.load_state_dict(model.state_dict())
-            self._clear_optimizer_state()
-        self.loader = loader
-        self.scaler = self._scaler()
+            for value in self._optimizer_state():
+                value.zero_()
+        if self.low is not None:
+            self.low.refresh()
+        self.loader, self._moves = loader, None
+        if self.precision.scaled:
+            fresh = torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE)
+            self.scaler.load_state_dict(fresh.state_dict())  # in place: a recorded step has these tensors
         self.step, self.seconds = 0, 0.0
         self._losses.zero_()
         self._right.zero_()
 
-    def _advice_on_memory(self, batch: Batch, transforms: torch.Tensor | None) -> str:
-        images, labels = batch
+    def _advice_on_memory(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None) -> str:
         size = len(labels) // 2
         while size >= 2:
             try:
-                self.trial((images[:size], labels[:size]), transforms)
+                self.trial(images[:size], labels[:size], None if transforms is None else transforms[:size])
             except torch.OutOfMemoryError:
                 size //= 2
             else:
@@ -228,24 +352,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def train_step(self, batch: Batch, transforms: torch.Tensor | None, at: int) -> None:
-        """One optimizer step; loss and right answers stay on the device, at place `at` of the epoch."""
-        images, labels = batch
-        if self.graph is not None:
-            self.graph.run(images, labels, transforms, self.rates[self.step], at)
-            self.step += 1
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[self.step]
-        loss, right = self.compute(images, labels, transforms)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._losses[at] = loss.detach()
-        self._right[at] = right
-        self.step += 1
-
+    @fastest_convolutions
     def run_epoch(
         self,
         *,
@@ -257,43 +364,65 @@ class Trainer:
     ) -> Record | None:
         """The rest of the current epoch: the whole epoch's record, or None when `stop` became true before its end.
 
-        on_log is given a record every `log_every` steps, on_tick one every `tick_seconds`: a look at the loss waits
-        for the GPU, so there are few. after_step is called after each step and what is logged of it.
+        on_log is given a record every `log_every` steps, on_tick one every `tick_seconds`; on a GPU some time after the
+        step, for neither waits for it. after_step is called after each step.
 
         Raises:
             FastmnistError: the loss is no longer finite.
         """
-        self.loader.load_state_dict(self.loader.state_dict())  # an epoch that was left early goes on
-        epoch, first = self.loader.epoch, self.step % len(self.loader)
-        batches = self.batches_of(epoch)
-        size = self.loader.batch_size
+        epoch, at = divmod(self.step, len(self.loader))
+        self.loader.load_state_dict(self._loader_state())  # an epoch that was left early goes on
+        batches, size = self.batches_of(epoch), self.loader.batch_size
         self.model.train()
         self.synchronize()
-        begun = time.perf_counter()
-        transforms = self.transforms(epoch)
-        before, logged = self.seconds, first
-        ticked = before
-        for at, batch in enumerate(self.loader, first):
-            part = None if transforms is None else transforms[at * size : (at + 1) * size]
-            self.train_step(batch, part, at)
-            done = at + 1
-            self.seconds = before + time.perf_counter() - begun
-            if done % self.log_every == 0 or done == batches:
-                on_log(self._record(epoch, logged, done))
-                logged, ticked = done, self.seconds
-            elif self.seconds - ticked > tick_seconds:
-                on_tick(self._record(epoch, logged, done))
-                ticked = self.seconds
-            after_step()
-            if done == batches:
-                break
-            if stop():
-                self._check_finite(logged, done)
+        begun, before = time.perf_counter(), self.seconds
+        looks = Looks(self._losses, self._right)
+
+        def tell(then: Callable[[Record], None]) -> Callable[[Look], None]:
+            def told(look: Look) -> None:
                 self.seconds = before + time.perf_counter() - begun
-                return None
+                then(self._record(epoch, look))
+
+            return told
+
+        transforms = self._transforms(epoch)
+        logged, ticked = at, before
+        for images, labels in self.loader.chunks(self.chunk):
+            moves = None if transforms is None else transforms[at * size : at * size + len(labels)]
+            self.load(images, labels, moves, at)
+            for at in range(at, min(at + len(labels) // size, batches)):  # noqa: B020  # goes on from where it is
+                self.train_step(at)
+                done = at + 1
+                self.seconds = before + time.perf_counter() - begun
+                if done % self.log_every == 0 or done == batches:
+                    looks.take(logged, done, self.step, tell(on_log))
+                    logged, ticked = done, self.seconds
+                elif self.seconds - ticked > tick_seconds and not looks.pending:
+                    looks.take(logged, done, self.step, tell(on_tick))
+                    ticked = self.seconds
+                else:
+                    looks.poll()
+                after_step()
+                if done < batches and stop():
+                    looks.take(logged, done, self.step, tell(lambda record: None))
+                    looks.finish()
+                    self.synchronize()
+                    self.seconds = before + time.perf_counter() - begun
+                    return None
+            at += 1
+            if at == batches:
+                break
+        if self.step < self.steps:
+            self._transforms(epoch + 1)  # while the GPU works
+        looks.finish()
         self.synchronize()
         self.seconds = before + time.perf_counter() - begun
         return self.epoch_record(epoch)
+
+    def _loader_state(self) -> dict[str, Any]:
+        """Of the loader as if it had handed out the batches that were trained on, and no more."""
+        epoch, batch = divmod(self.step, len(self.loader))
+        return self.loader.state_dict() | {"epoch": epoch, "batch": batch}
 
     def batches_of(self, epoch: int) -> int:
         """Steps of that epoch: fewer in the last one, when a part of it makes the epochs that were asked for."""
@@ -307,14 +436,14 @@ class Trainer:
 
     def epoch_record(self, epoch: int) -> Record:
         """The record of `epoch`, the last one that was finished."""
-        loss, accuracy = self._means(0, self.batches_of(epoch))
+        losses, right = (values[: self.batches_of(epoch)].mean().item() for values in (self._losses, self._right))
         return {
             "kind": "epoch",
             "epoch": epoch,
             "epochs": self.step / len(self.loader),
             "step": self.step,
-            "train_loss": loss,
-            "train_accuracy": accuracy,
+            "train_loss": losses,
+            "train_accuracy": right / self.loader.batch_size,
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
         }
@@ -324,37 +453,26 @@ class Trainer:
         """Images trained on over the training clock."""
         return self.step * self.loader.batch_size / self.seconds if self.seconds else 0.0
 
-    def _record(self, epoch: int, start: int, end: int) -> Record:
-        self._check_finite(start, end)
-        loss, accuracy = self._means(start, end)
+    def _record(self, epoch: int, look: Look) -> Record:
+        wrong = (~torch.isfinite(look.losses)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            step = look.step - len(look.losses) + at
+            raise FastmnistError(
+                f"the loss is {float(look.losses[at])} at step {step + 1} of {len(self.rates)} "
+                f"(learning rate {self.rates[step]:.3g}); try a smaller --learning-rate, a longer --warmup or --amp off"
+            )
+        size = self.loader.batch_size
         return {
             "kind": "step",
-            "step": self.step,
+            "step": look.step,
             "epoch": epoch,
-            "loss": loss,
-            "accuracy": accuracy,
-            "learning_rate": self.rates[self.step - 1],
-            "images_per_second": self.images_per_second,
+            "loss": float(look.losses.mean()),
+            "accuracy": float(look.right.mean()) / size,
+            "learning_rate": self.rates[look.step - 1],
+            "images_per_second": look.step * size / self.seconds if self.seconds else 0.0,
             "seconds": self.seconds,
         }
-
-    def _means(self, start: int, end: int) -> tuple[float, float]:
-        return (
-            float(self._losses[start:end].mean()),
-            float(self._right[start:end].mean()) / self.loader.batch_size,
-        )
-
-    def _check_finite(self, start: int, end: int) -> None:
-        wrong = (~torch.isfinite(self._losses[start:end])).nonzero()
-        if not len(wrong):
-            return
-        at = start + int(wrong[0])
-        step = self.step - end + at
-        value = float(self._losses[at])
-        raise FastmnistError(
-            f"the loss is {value} at step {step + 1} of {len(self.rates)} "
-            f"(learning rate {self.rates[step]:.3g}); try a smaller --learning-rate, a longer --warmup or --amp off"
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, and the sums of the epoch so far; tensors and plain values."""
@@ -362,7 +480,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": self._loader_state(),
             "random": _random_state(self.device),
             "amp": self.precision.name,
             "step": self.step,
@@ -384,8 +502,7 @@ class Trainer:
         if state["amp"] != self.precision.name:
             raise DataError(f"the state was taken with --amp {state['amp']}, this run has {self.precision.name}")
         # The optimizer's settings are those of this run; the loader checks its own part.
-        settings = here["optimizer"].pop("param_groups")
-        del here["loader"]
+        del here["optimizer"]["param_groups"], here["loader"]
         if "cuda" not in state["random"]:
             here["random"].pop("cuda", None)
         for name, expected in here.items():
@@ -398,12 +515,25 @@ class Trainer:
             )
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        with torch.no_grad():  # in place: a recorded step has these tensors
+            parameters = list(self.model.parameters())
+            for number, saved in state["optimizer"]["state"].items():
+                for name, value in saved.items():
+                    self.optimizer.state[parameters[number]][name].copy_(value)
+        if self.low is not None:
+            self.low.refresh()
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = step, state["seconds"]
         self._losses.copy_(state["losses"])
         self._right.copy_(state["right"])
         _set_random_state(state["random"], self.device)
+
+
+def _batches_together(loader: EpochLoader) -> int:
+    """How many batches are prepared in one go: some on a GPU, where every launch counts; on a CPU the next one."""
+    if loader.device.type != "cuda":
+        return 1
+    return max(1, min(len(loader), CHUNK_VALUES // (loader.batch_size * loader.file.image_size)))
 
 
 def _check_like(expected: Any, found: Any, name: str, whole: bool = True) -> None:

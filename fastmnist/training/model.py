@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torchvision
@@ -120,6 +121,26 @@ def _forget_statistics(module: nn.Module) -> None:
     """The trial with an empty image must not stay in the running statistics."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.reset_running_stats()
+
+
+def stop_counting(model: nn.Module) -> None:
+    """Batch normalisation no longer counts its batches, a kernel a layer that nothing reads; saved as 0, as if new.
+
+    A count is read where `momentum` is None: there it stays.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.num_batches_tracked = None
+            module.register_state_dict_post_hook(_add_count)
+            module.register_load_state_dict_pre_hook(_leave_out_count)
+
+
+def _add_count(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    state[f"{prefix}num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+
+
+def _leave_out_count(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state.pop(f"{prefix}num_batches_tracked", None)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -9,12 +9,10 @@ import torch
 
 from fastmnist.errors import ConfigError
 
-# Seconds that a cold torch.compile of a ResNet-18 takes, forward and backward (37 to 59 measured on 2 CPU cores), and
-# the share of an eager step that it is expected to save on a GPU at best: assumed, to be replaced by measurements.
-COMPILE_SECONDS = 45.0
+# Seconds that a cold torch.compile of a ResNet-18 takes, forward and backward, and the share of a recorded step that it
+# saves (H200, torch 2.11, batch 256: 24 s, then 1 to 2 s from its cache; 1.53 ms became 0.92).
+COMPILE_SECONDS = 25.0
 COMPILE_GAIN = 0.4
-GRAPH_PAYS = 1.0  # seconds of a run from which recording its step as a CUDA graph is tried: assumed too
-
 
 # With AVX-512 BF16 a training step ran at 1.3 (imagenet stem) to 1.7 times (cifar) the speed of float32:
 # benchmarks/precision.py.
@@ -85,20 +83,26 @@ def keep_precision(begun: str, device: torch.device) -> Precision:
     return replace(choose_precision(begun, device), reason="as the run was begun")
 
 
-def choose_compile(asked: str, device: torch.device, eager_seconds: float) -> tuple[str, str]:
-    """(mode, reason); `eager_seconds` is what the whole run would take without compiling.
+def choose_compile(asked: str, device: torch.device) -> tuple[str, str]:
+    """(mode, reason); on a GPU "auto" records its step, which costs a fraction of a second, and then looks further.
 
     Raises:
         ConfigError: the mode needs a GPU and there is none.
     """
-    if asked in ("reduce-overhead", "cudagraphs", "graph") and device.type != "cuda":
-        raise ConfigError(f"--compile {asked} records CUDA graphs and needs a GPU; say default, off or auto")
+    if asked == "graph" and device.type != "cuda":
+        raise ConfigError("--compile graph records a CUDA graph and needs a GPU; say default, off or auto")
     if asked != "auto":
         return asked, "asked for"
     if device.type != "cuda":
         return "off", "on a CPU compiling took 37 to 59 s and made this network no faster"
-    saved = eager_seconds * COMPILE_GAIN
-    weighed = f"the run takes about {eager_seconds:.0f} s without; compiling costs about {COMPILE_SECONDS:.0f} s"
-    if saved > COMPILE_SECONDS:
-        return "default", f"{weighed} and may save {saved:.0f} s"
-    return "off", f"{weighed} and may save {saved:.0f} s at best"
+    return "graph", "recorded as a CUDA graph"
+
+
+def worth_compiling(seconds: float) -> tuple[bool, str]:
+    """Whether a run whose recorded steps take `seconds` is to be compiled first, and why."""
+    saved = seconds * COMPILE_GAIN
+    weighed = (
+        f"the run takes about {seconds:.1f} s so; compiling costs about {COMPILE_SECONDS:.0f} s, and may save "
+        f"{saved:.1f} s"
+    )
+    return saved > COMPILE_SECONDS, weighed
