@@ -69,15 +69,14 @@ def weight_gradient(
     grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
     """Of a convolution: an operator of its own, so that torch.compile leaves the stream to it."""
-    needed = [False, True, False]
     if not grad.is_cuda:
-        return _gradients(grad, images, weight, stride, padding, needed)[1]
+        return _of_weight(grad, images, weight, stride, padding)
     stream = _streams.get(grad.device)
     if stream is None:
         stream = _streams[grad.device] = torch.cuda.Stream(grad.device)
     stream.wait_stream(torch.cuda.current_stream(grad.device))
     with torch.cuda.stream(stream):
-        found = _gradients(grad, images, weight, stride, padding, needed)[1]
+        found = _of_weight(grad, images, weight, stride, padding)
     _in_use.append((grad.detach(), images.detach()))
     return found
 
@@ -87,6 +86,14 @@ def _(
     grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
     return torch.empty_like(weight)
+
+
+def _of_weight(
+    grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
+) -> torch.Tensor:
+    """Laid out as the weight: autograd would copy any other, before it is there."""
+    _, found = _gradients(grad, images, weight, stride, padding, [False, True, False])
+    return found if found.stride() == weight.stride() else torch.empty_like(weight).copy_(found)
 
 
 def _gradients(
