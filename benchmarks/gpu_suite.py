@@ -346,10 +346,10 @@ def bench(suite: Suite) -> dict[str, Any]:
 
 
 PARTS = (
-    Part("presets", 130, presets),
+    Part("presets", 120, presets),
     Part("small CNN", 15, small_cnn),
     Part("graph", 25, graph),
-    Part("steps", 60, steps),
+    Part("steps", 70, steps),
     Part("loading", 30, loading),
     Part("cold", 50, cold),
     Part("accurate", 70, accurate),

@@ -20,7 +20,7 @@ from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import CompileProgress, prepare
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.runfolder import checked_settings
-from fastmnist.training.evaluate import EVALUATION_BATCH
+from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU
 from fastmnist.training.live_taps import use_live_taps
 from fastmnist.training.loop import DEFAULT_RATES
 from fastmnist.training.model import build_model, stop_counting
@@ -117,7 +117,8 @@ def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> 
     }
 
     def evaluation(file: Beton, indices: np.ndarray | None) -> Loader:
-        return Loader(file, EVALUATION_BATCH, shuffle=False, indices=indices, **common, **_settings_of_ours(config))
+        size = EVALUATION_BATCH if device.type == "cpu" else EVALUATION_BATCH_ON_GPU
+        return Loader(file, size, shuffle=False, indices=indices, **common, **_settings_of_ours(config))
 
     return RunLoaders(
         train=LOADERS[config.loader](

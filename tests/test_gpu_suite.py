@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_suite.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _import_suite() -> Iterator[None]:
+    """A script beside others that it imports."""
+    global gpu_suite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        gpu_suite = importlib.import_module("gpu_suite")
+        yield
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -27,11 +41,54 @@ def test_every_part_of_it_at_toy_size(mnist_folder: Path, tmp_path: Path) -> Non
     assert ended.returncode == 0, ended.stderr
     found = json.loads(file.read_text())
     assert found["dry"]
-    parts = {"presets", "notebook", "cold", "loading", "live taps", "augmentation", "loader", "bench", "steps"}
+    parts = {part.name for part in gpu_suite.PARTS}
     assert parts <= set(found)
     assert not [name for name in parts if "error" in found[name]]
-    assert set(found["presets"]) == {"fast99", "fast995", "accurate"}
+    assert set(found["presets"]) == {"fast99", "fast995"}
     assert "fast99:" in ended.stdout
+
+
+class Clock:
+    """Stands still until a part moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def suite(tmp_path: Path, clock: Clock, limit: float) -> Any:
+    return gpu_suite.Suite("data", tmp_path, torch.device("cpu"), False, tmp_path / "found.json", limit, clock)
+
+
+def test_the_parts_fit_their_time(tmp_path: Path) -> None:
+    """Each takes what it says that it takes at most; the limit is that of one call."""
+    clock = Clock()
+
+    def taking(part: Any) -> Any:
+        def measure(suite: Any) -> dict[str, str]:
+            clock.now += part.seconds
+            return {"measured": part.name}
+
+        return part._replace(measure=measure)
+
+    found = gpu_suite.measure(
+        suite(tmp_path, clock, gpu_suite.LIMIT_SECONDS), [taking(part) for part in gpu_suite.PARTS]
+    )
+    assert found == {part.name: {"measured": part.name} for part in gpu_suite.PARTS}
+    assert json.loads((tmp_path / "found.json").read_text())["bench"] == {"measured": "bench"}
+
+
+def test_a_part_that_fails_or_has_no_time_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(suite: Any) -> None:
+        suite.clock.now += 7
+        raise ValueError("no such thing")
+
+    parts = [gpu_suite.Part(name, seconds, fail) for name, seconds in (("a", 5), ("b", 4), ("c", 3))]
+    found = gpu_suite.measure(suite(tmp_path, Clock(), 10), parts)
+    assert found["a"] == {"error": "ValueError: no such thing"}
+    assert found["b"] == {"error": "not begun: 3 s were left, it needs 4"}
+    assert found["c"] == {"error": "ValueError: no such thing"}
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

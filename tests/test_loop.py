@@ -235,6 +235,7 @@ def test_evaluation_equals_a_plain_loop_and_can_be_stopped(beton: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # torch's compiler has much to say
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["off", "graph", "default"])
 def test_on_a_gpu_every_mode_learns_the_same(beton: Path, dtype: torch.dtype | None, mode: str) -> None:

@@ -176,9 +176,10 @@ class EpochLoader(ABC):
 
         A loop that is under way goes on with its own batches, and no longer moves the loader's position.
         """
-        self._stand_at(whole_number("epoch", epoch), 0)
+        self.seek(whole_number("epoch", epoch), 0)
 
-    def _stand_at(self, epoch: int, batch: int) -> None:
+    def seek(self, epoch: int, batch: int) -> None:
+        """The next loop begins with this batch of this epoch; one that is under way as after `set_epoch`."""
         self._part_from_running()
         self._next = self._state = (epoch, batch)
 
@@ -230,7 +231,7 @@ class EpochLoader(ABC):
             raise DataError(
                 f"the loader's state names batch {batch} of epoch {epoch}; an epoch has {len(self)} batches"
             )
-        self._stand_at(epoch, batch)
+        self.seek(epoch, batch)
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that make such a loader again, but for the file."""

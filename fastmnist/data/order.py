@@ -6,7 +6,7 @@ keeps stable; the seed is spread by numpy's SeedSequence. What numpy may change 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -110,6 +110,7 @@ class EpochOrder:
     rank: int = 0
     world_size: int = 1
     uneven: Uneven = "pad"
+    _last: dict[int, tuple[np.ndarray, list[Window]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         """Samples that this process gets in each epoch."""
@@ -121,7 +122,18 @@ class EpochOrder:
         return self.with_windows(epoch)[0]
 
     def with_windows(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
-        """The same, and which pages of the file are needed from where on in it; no windows unless quasi-random."""
+        """The same, and which pages of the file are needed from where on in it; no windows unless quasi-random.
+
+        An epoch that is asked for again, by what loads and by what augments, is made once: not to be written to.
+        """
+        found = self._last.get(epoch)
+        if found is None:
+            found = self._make(epoch)
+            self._last.clear()
+            self._last[epoch] = found
+        return found
+
+    def _make(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
         order = np.arange(self.count)
         windows: list[Window] = []
         if self.kind == "random":

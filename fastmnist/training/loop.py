@@ -30,6 +30,7 @@ LOG_EVERY, LEAST_LINES = 50, 30  # steps between two looks at the loss; looks in
 FIRST_SCALE = 2.0**10  # of fp16's gradients: at torch's own 2**16 the first step overflows
 WAKING_SECONDS = 0.2
 CHUNK_VALUES = 1 << 24  # pixels that a GPU prepares together: 134 MB at most for where each comes from
+STREAMED_TOGETHER = 16  # batches
 FIRST_RATE, LAST_RATE = 25.0, 1e4  # the peak rate over the first, and the first over the last one
 
 
@@ -165,7 +166,7 @@ class Trainer:
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
             logits = functional_call(self.model, self.low.tensors, (images,)) if self.low else self.model(images)
-        loss = functional.cross_entropy(logits.float(), self._targets[labels])
+        loss = functional.cross_entropy(logits.float(), self._targets.index_select(0, labels))
         return loss, (logits.argmax(1) == labels).sum()
 
     def update(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,7 +372,7 @@ class Trainer:
             FastmnistError: the loss is no longer finite.
         """
         epoch, at = divmod(self.step, len(self.loader))
-        self.loader.load_state_dict(self._loader_state())  # an epoch that was left early goes on
+        self.loader.seek(epoch, at)  # an epoch that was left early goes on
         batches, size = self.batches_of(epoch), self.loader.batch_size
         self.model.train()
         self.synchronize()
@@ -530,10 +531,14 @@ class Trainer:
 
 
 def _batches_together(loader: EpochLoader) -> int:
-    """How many batches are prepared in one go: some on a GPU, where every launch counts; on a CPU the next one."""
+    """How many batches are prepared in one go: some on a GPU, where every launch counts; on a CPU the next one.
+
+    Fewer of those that are streamed: the first step waits for all of them.
+    """
     if loader.device.type != "cuda":
         return 1
-    return max(1, min(len(loader), CHUNK_VALUES // (loader.batch_size * loader.file.image_size)))
+    most = STREAMED_TOGETHER if loader.needs_file else len(loader)
+    return max(1, min(most, CHUNK_VALUES // (loader.batch_size * loader.file.image_size)))
 
 
 def _check_like(expected: Any, found: Any, name: str, whole: bool = True) -> None:

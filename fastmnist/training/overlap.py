@@ -35,8 +35,8 @@ def overlap(model: nn.Module) -> int:
 
 def join() -> None:
     """From here on the current stream has the gradients of all weights. To be called after each backward pass."""
-    for device, stream in _streams.items():
-        torch.cuda.current_stream(device).wait_stream(stream)
+    for device in {grad.device for grad, _ in _in_use}:
+        torch.cuda.current_stream(device).wait_stream(_streams[device])
     _in_use.clear()
 
 
