@@ -28,10 +28,10 @@ def cpu() -> Settings:
 
 
 def fast99() -> Settings:
-    """Aims at 99.0 % on a GPU in the least time: fewer, larger steps than `cpu`.
+    """99.0 % on a GPU in the least time: fewer, larger steps than `cpu`.
 
-    99.13 % test accuracy (99.01 to 99.23, n=5) on a CPU in bfloat16, 2026-11-23. Not timed on a GPU yet; measure:
-    fastmnist speedrun --preset fast99 --seeds 20
+    99.108 % ± 0.062 test accuracy (n=20, p = 1.4e-7 against 99.0) after 0.181 s of training on an H200, 0.261 s by
+    MLPerf's clock. 2026-11-27, benchmarks/gpu_suite.py, which adds --compile default: 0.285 s without.
     """
     return cpu() | {"images_seen": 48_000, "batch_size": 256, "learning_rate": 0.08}
 
@@ -39,8 +39,9 @@ def fast99() -> Settings:
 def fast995() -> Settings:
     """Aims at 99.5 % on a GPU in the least time.
 
-    99.48 % test accuracy (99.43 to 99.54, n=5) on a CPU in bfloat16, 2026-11-23. Not timed on a GPU yet; measure:
-    fastmnist speedrun --preset fast995 --seeds 20
+    99.499 % ± 0.043 test accuracy (n=20: not above 99.5 by a test) after 0.864 s of training on an H200, 0.955 s by
+    MLPerf's clock. 2026-11-27, benchmarks/gpu_suite.py, which adds --compile default. On 10,000 images held out of
+    training, n=4, weight decay 2e-3, 1e-3 and 5e-4 gave 99.51, 99.48 and 99.48 %.
     """
     return {"images_seen": 240_000, "batch_size": 256, "learning_rate": 0.1, "weight_decay": 2e-3}
 
@@ -48,7 +49,7 @@ def fast995() -> Settings:
 def accurate() -> Settings:
     """Aims at the highest accuracy: maps of twice the size, and 20 epochs.
 
-    Not timed on a GPU yet, nor its accuracy measured. Measure: fastmnist speedrun --preset accurate --seeds 20
+    Its accuracy has not been measured. A step takes 1.36 ms on an H200, compiled: 4,687 of them some 6.4 s.
     """
     return {"images_seen": 1_200_000, "batch_size": 256, "learning_rate": 0.1, "stem": "stride2"}
 
@@ -61,6 +62,7 @@ PRESETS: Mapping[str, Callable[[], Settings]] = {
 }
 TARGETS: Mapping[str, float] = {"fast99": 0.99, "fast995": 0.995, "accurate": 0.996, "cpu": 0.99}
 """The test accuracy that each was made for, which a claim is tested against."""
+SIGNIFICANCE = 0.01  # of a one-sided t-test: below, a target counts as passed
 OTHERS = ("auto", "none")
 
 

@@ -21,6 +21,7 @@ from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.interrupt import stop_on_ctrl_c
 from fastmnist.measure.clock import row
 from fastmnist.measure.environment import origin
+from fastmnist.presets import SIGNIFICANCE
 from fastmnist.report.progress import Reporter, duration
 from fastmnist.session import RunFiles, make_loaders, make_model, open_files
 from fastmnist.training.compiling import set_up_compile
@@ -31,7 +32,7 @@ from fastmnist.training.precision import choose_device, choose_precision
 
 POINTS = 10  # of the curve of accuracy over seconds
 NEVER = 2**31  # steps between two looks at the loss
-CLAIM_SEEDS, SIGNIFICANCE = 20, 0.01  # from which on an accuracy is claimed
+CLAIM_SEEDS = 20  # from which on an accuracy is claimed
 AGE_WHEN_IMPORTED = time.time() - psutil.Process().create_time()  # seconds of this process; its imports, mostly
 
 

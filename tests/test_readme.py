@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastmnist.cli import build_parser
 from fastmnist.report.ladder import ladder_markdown
-from fastmnist.report.table import markdown, time_table
+from fastmnist.report.table import gpu_table, markdown, step_table, time_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,15 @@ def test_the_seconds_are_those_of_the_last_run() -> None:
     rows = json.loads((ROOT / "benchmarks/results/time_to_accuracy.json").read_text())["rows"]
     assert shown == time_table(rows)
     assert [row["over_preset"]["median"] >= 1 for row in rows] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("page", "mark", "table"), [("README.md", "gpu", gpu_table), ("docs/benchmarks.md", "step", step_table)]
+)
+def test_the_gpus_figures_are_those_of_the_last_run(page: str, mark: str, table: Callable[[dict], str]) -> None:
+    """Made by benchmarks/gpu_suite.py."""
+    shown = (ROOT / page).read_text().partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]
+    assert shown == table(json.loads((ROOT / "benchmarks/results/gpu_suite.json").read_text()))
 
 
 def test_the_table_of_ways_is_that_of_the_last_run() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from fastmnist.measure.environment import describe_hardware
+from fastmnist.presets import SIGNIFICANCE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,4 +159,52 @@ def time_table(rows: Sequence[Row]) -> str:
         f"Seconds: medians with their range; accuracies: means with theirs. "
         f"{describe_hardware(first['hardware'])}; torch {first['versions']['torch']}; {first['date'][:10]}.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def gpu_table(found: Mapping[str, Any]) -> str:
+    """Accuracy and clocks of benchmarks/gpu_suite.py as Markdown."""
+    lines = [
+        "| trained by | seeds | test accuracy | above its target | training | MLPerf's clock | set-up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    sides = {f"{name} preset": run for name, run in found["presets"].items()}
+    for name, run in (sides | {"fast99 preset, not compiled": found["graph"]}).items():
+        passes = "PASS" if run["p_value"] < SIGNIFICANCE else "MISS"
+        lines.append(
+            f"| {name} | {run['n']} | {run['test_accuracy_mean']:.3%} ± {run['test_accuracy_stdev']:.3%} | "
+            f"{run['target']:.1%}: {passes}, p = {run['p_value']:.2g} | {run['train_seconds_mean']:.3f} s | "
+            f"{run['mlperf_seconds_mean']:.3f} s | {run['compile_seconds']:.1f} s |"
+        )
+    published = found["small CNN"]
+    accuracies, training, mlperf = (
+        [run[name] for run in published["runs"]] for name in ("test_accuracy", "train_seconds", "mlperf_seconds")
+    )
+    lines.append(
+        f"| published small CNN, here | {len(accuracies)} | {fmean(accuracies):.3%} ± {stdev(accuracies):.3%} | | "
+        f"{fmean(training):.3f} s | {fmean(mlperf):.3f} s | |"
+    )
+    hardware, versions = found["hardware"], found["versions"]
+    lines += [
+        "",
+        f"{hardware['gpu']} (driver {hardware['driver']}, {hardware['power_limit']}, {hardware['clock']}), "
+        f"{hardware['cores']} cores of the host; torch {versions['torch']}; {found['date'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def step_table(found: Mapping[str, Any]) -> str:
+    """The steps of benchmarks/gpu_suite.py as Markdown."""
+    lines = [
+        "| step of 256 images | milliseconds | kernels | GPU busy | of the bf16 matrix peak | set-up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, step in found["steps"].items():
+        if isinstance(step, dict):
+            took, profile = step["milliseconds"], step["profile"]
+            lines.append(
+                f"| {name} | {took['median']:.3f} ({took['min']:.3f} to {took['max']:.3f}) | "
+                f"{profile['kernels']:.0f} | {profile['busy']:.0%} | {step['of_bf16_peak']['median']:.1%} | "
+                f"{step['set_up_seconds']:.1f} s |"
+            )
     return "\n".join(lines) + "\n"
