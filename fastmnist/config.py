@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Optional
+from dataclasses import asdict, dataclass
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
-from fastmnist.errors import ConfigError, whole_number
+from fastmnist.errors import ConfigError
 
 # Optional[...] instead of `| None`: the command line's types are read from these annotations on Python 3.10 too.
 # ruff: noqa: UP045
@@ -181,6 +183,8 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
     """
 
     def __post_init__(self) -> None:
+        for name, value in checked_settings(vars(self)).items():
+            object.__setattr__(self, name, value)
         for name, low, high in (
             ("val_size", 0, math.inf),
             ("batch_size", 2, math.inf),  # batch normalisation needs two
@@ -201,9 +205,6 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             ("log_every", 1, math.inf),
         ):
             value = getattr(self, name)
-            if value is not None and name in WHOLE_NUMBERS:
-                value = whole_number(flag(name), value, -math.inf)
-                object.__setattr__(self, name, value)  # a plain int, also for one of numpy: YAML and JSON know no other
             if value is not None and not low <= value <= high:
                 limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
                 raise ConfigError(f"{flag(name)} {value}: must be {limit}")
@@ -211,31 +212,13 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{flag(name)} {value}: must be more than 0")
-        for name, neutral, needed in self._without_effect():
+        for name, neutral, needed in _without_effect(vars(self)):
             value = getattr(self, name)
             if value not in (None, neutral):
                 shown = (
                     f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name if value else f"no_{name}")
                 )
                 raise ConfigError(f"{shown}: has no effect without {needed}; leave it out")
-
-    def _without_effect(self) -> Iterator[tuple[str, Any, str]]:
-        """(name, the value that is taken anyway, what it needs) of each setting that changes nothing here."""
-        loader = self.loader
-        if loader not in ("ffcv", "dataloader", "tuned"):
-            yield "workers", None, "--loader ffcv, dataloader or tuned"
-        if loader != "ffcv":
-            yield "batches_ahead", 3, "--loader ffcv"
-            yield "os_cache", True, "--loader ffcv"
-        if loader not in ("dataloader", "tuned"):
-            for name in ("prefetch_factor", "persistent_workers", "pin_memory"):
-                yield name, None, "--loader dataloader or tuned"
-        elif self.workers == 0 or (self.workers is None and loader == "dataloader"):
-            yield "prefetch_factor", 2, "--workers of 1 or more"
-            yield "persistent_workers", loader == "tuned", "--workers of 1 or more"
-        if self.model != "resnet18":
-            yield "stem", "imagenet", "--model resnet18"
-            yield "live_taps", True, "--model resnet18"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -245,7 +228,78 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
         return {name: value for name, value in self.to_dict().items() if name not in FOLDERS}
 
 
-WHOLE_NUMBERS = frozenset(field.name for field in fields(TrainConfig) if field.type in ("int", "Optional[int]"))
+def _without_effect(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """(name, the value that is taken anyway, what it needs) of each setting that changes nothing beside the others."""
+    loader, workers = settings["loader"], settings["workers"]
+    if loader not in ("ffcv", "dataloader", "tuned"):
+        yield "workers", None, "--loader ffcv, dataloader or tuned"
+    if loader != "ffcv":
+        yield "batches_ahead", 3, "--loader ffcv"
+        yield "os_cache", True, "--loader ffcv"
+    if loader not in ("dataloader", "tuned"):
+        for name in ("prefetch_factor", "persistent_workers", "pin_memory"):
+            yield name, None, "--loader dataloader or tuned"
+    elif workers == 0 or (workers is None and loader == "dataloader"):
+        yield "prefetch_factor", 2, "--workers of 1 or more"
+        yield "persistent_workers", loader == "tuned", "--workers of 1 or more"
+    if settings["model"] != "resnet18":
+        yield "stem", "imagenet", "--model resnet18"
+        yield "live_taps", True, "--model resnet18"
+
+
+def without_void(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run that was begun when those without effect were taken: these as if they had been left out."""
+    every = asdict(TrainConfig()) | dict(settings)
+    neutral = {name: value for name, value, _ in _without_effect(every) if name in settings}
+    return {**settings, **neutral}
+
+
+def checked_settings(values: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
+    """Settings of a run with numbers of numpy and torch made plain, as YAML, JSON and a checkpoint keep them.
+
+    Args:
+        values: from names to values; some may be missing.
+        source: what the message of an error begins with.
+
+    Raises:
+        ConfigError: there is no such setting, or its value has another type; names it.
+    """
+    types, checked = _types(), {}
+    for name, value in without_retired(values).items():
+        if name not in types:
+            raise ConfigError(f"{source}{flag(short(name))} is no setting of a run; take it out")
+        plain = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not _fits(plain, types[name]):
+            raise ConfigError(f"{source}{flag(name)} {short(value)}: must be {_type_name(types[name])}")
+        checked[name] = plain
+    return checked
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is Union:
+        return any(_fits(value, each) for each in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    names = [each.__name__ for each in get_args(kind) or (kind,) if each is not NoneType]
+    return " or ".join(names)
+
+
+def short(value: Any) -> str:
+    """Of what a damaged file holds; a list of lists may be endless when it is written out."""
+    return str(value)[:40] if isinstance(value, (str, int, float, bool)) else f"of type {type(value).__name__}"
+
+
 RETIRED = {"reuse_buffers": "every batch is safe to keep, at no cost"}  # settings of older versions, and why they went
 
 

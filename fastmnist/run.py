@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmnist.config import TrainConfig, flag
+from fastmnist.config import TrainConfig, checked_settings, flag, without_void
 from fastmnist.data.loader import Loader
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.interrupt import stop_on_ctrl_c
 from fastmnist.measure.environment import hardware, tuned_on, versions
 from fastmnist.report.events import summary_writer, tensorboard_events
 from fastmnist.report.progress import Reporter, duration
-from fastmnist.runfolder import CONFIG, RunFolder, checked_settings
+from fastmnist.runfolder import CONFIG, RunFolder
 from fastmnist.session import make_loaders, make_model, open_files
 from fastmnist.training.checkpoint import (
     CHECKPOINT,
@@ -121,8 +121,8 @@ def _resume_claimed(
             f"nothing to go on from; fastmnist train --config {run.path / CONFIG} begins it again, in a new folder"
         )
     content, state = load_checkpoint(run.path)
-    saved = checked_settings(content, f"{run.path / CHECKPOINT}: ")
-    in_file = run.read_config()
+    saved = without_void(checked_settings(content, f"{run.path / CHECKPOINT}: "))
+    in_file = without_void(run.read_config())
     for source, values, names in (
         (f"{run.path / CONFIG} has", in_file, sorted(saved.keys() | in_file.keys())),
         ("the command line has", given, sorted(given)),
@@ -168,7 +168,7 @@ class _Run:
         self.precision = self._choose_precision(device, resumed)
         choose_compile(self.config.compile, device)  # says at once what cannot work
         with self.clocks.measure("data"):
-            self.loaders = make_loaders(self.files, self.config, device)
+            self.loaders = make_loaders(self.files, self.config, device, resumed=resumed is not None)
         torch.manual_seed(self.config.seed)
         self.card = self._make_card()
         model = make_model(self.files, self.config, device)

@@ -10,12 +10,11 @@ from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO
 
-import numpy as np
 import yaml
 
-from fastmnist.config import TrainConfig, flag, without_retired
+from fastmnist.config import TrainConfig, checked_settings, short
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.files import open_alone, remove_orphans, write_bytes
 
@@ -193,47 +192,6 @@ class RunFolder:
         write_bytes(self.path / name, text.encode())
 
 
-def checked_settings(values: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
-    """Settings of a run with numbers of numpy made plain, as YAML, JSON and a checkpoint keep them.
-
-    Args:
-        values: from names to values; some may be missing.
-        source: what the message of an error begins with.
-
-    Raises:
-        ConfigError: there is no such setting, or its value has another type; names it.
-    """
-    types, checked = get_type_hints(TrainConfig), {}
-    for name, value in without_retired(values).items():
-        if name not in types:
-            raise ConfigError(f"{source}{flag(_short(name))} is no setting of a run; take it out")
-        plain = value.item() if isinstance(value, np.generic) else value
-        if not _fits(plain, types[name]):
-            raise ConfigError(f"{source}{flag(name)} {_short(value)}: must be {_type_name(types[name])}")
-        checked[name] = plain
-    return checked
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if get_origin(kind) is Union:
-        return any(_fits(value, each) for each in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,))
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    names = [each.__name__ for each in get_args(kind) or (kind,) if each is not NoneType]
-    return " or ".join(names)
-
-
-def _short(value: Any) -> str:
-    """Of what a damaged file holds; a list of lists may be endless when it is written out."""
-    return str(value)[:40] if isinstance(value, (str, int, float, bool)) else f"of type {type(value).__name__}"
-
-
 def _record(line: bytes) -> dict[str, Any]:
     """A line of metrics.jsonl; raises ValueError when it is none."""
     record = json.loads(line)
@@ -244,7 +202,7 @@ def _record(line: bytes) -> dict[str, Any]:
             raise ValueError(f"{name} is no whole number")
     wrong = [name for name, value in record.items() if name != "kind" and type(value) not in (int, float, NoneType)]
     if wrong:
-        raise ValueError(f"{_short(wrong[0])} is no number")
+        raise ValueError(f"{short(wrong[0])} is no number")
     return record
 
 

@@ -19,7 +19,6 @@ from fastmnist.data.epochs import EpochLoader
 from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import CompileProgress, prepare
 from fastmnist.errors import ConfigError, DataError
-from fastmnist.runfolder import checked_settings
 from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU
 from fastmnist.training.live_taps import use_live_taps
 from fastmnist.training.loop import DEFAULT_RATES
@@ -62,9 +61,8 @@ def open_files(config: TrainConfig, progress: CompileProgress) -> tuple[RunFiles
     """Compiles what is missing, opens both files, and fills in every setting that depends on them.
 
     Raises:
-        DataError: the data cannot be used. ConfigError: a setting has the wrong type, or does not fit the data.
+        DataError: the data cannot be used. ConfigError: a setting does not fit the data.
     """
-    config = replace(config, **checked_settings(config.to_dict()))
     prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=progress)
     files = RunFiles(Beton(prepared.train, config.verify), Beton(prepared.test, config.verify), prepared.note)
     train, test = files.train, files.test
@@ -105,9 +103,16 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
-def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device) -> RunLoaders:
-    """The loaders of a resolved configuration, their batches on `device`; `config.loader` names that for training."""
-    _check_effect(config, device)
+def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device, *, resumed: bool = False) -> RunLoaders:
+    """The loaders of a resolved configuration, their batches on `device`; `config.loader` names that for training.
+
+    resumed: the settings are those of a run that was begun with them.
+
+    Raises:
+        ConfigError: a setting changes nothing on this device, unless the run is resumed.
+    """
+    if not resumed:
+        _check_effect(config, device)
     training, validation = _split(files.train, config)
 
     common: dict[str, Any] = {

@@ -15,14 +15,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fastmnist import runfolder
 from fastmnist.cli import main
-from fastmnist.config import TrainConfig
+from fastmnist.config import TrainConfig, checked_settings
 from fastmnist.data.prepare import compiled_path
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.run import resume, train
 from fastmnist.runfolder import RunFolder
 from fastmnist.training import checkpoint, precision
+from fastmnist.training.checkpoint import load_checkpoint, save_checkpoint
 from fastmnist.training.loop import Trainer
 
 
@@ -359,6 +359,21 @@ def test_a_damaged_folder_is_named_and_left_as_it_is(settings, capsys: pytest.Ca
     assert not resume(folder).interrupted
 
 
+@pytest.mark.parametrize(
+    "void", [{"workers": 2, "batches_ahead": 4}, {"stem": "cifar", "live_taps": False}, {"prefetch": 5}]
+)
+def test_a_run_goes_on_that_was_begun_with_settings_which_are_refused_today(settings, whole, void: dict) -> None:
+    """By an older version, which took what had no effect."""
+    broken(settings, 15, die)
+    folder = Path(settings["out"])
+    config, state = load_checkpoint(folder)
+    save_checkpoint(folder, config | void, state)
+    (folder / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | void))
+    with pytest.raises(ConfigError, match="no effect"):
+        train(TrainConfig(**settings | void | {"out": f"{folder}-new"}))
+    assert same(weights(resume(folder).folder), whole)
+
+
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
     line = json.dumps({"kind": "step", "step": 1, "epoch": 0, "loss": 0.5})
     for end, count in (("", 1), ("\n", 1), (f"\n{line[:20]}", 1), (f"\n{line}", 2)):
@@ -387,7 +402,7 @@ def test_another_type_is_refused_at_once(settings, name: str, value: object) -> 
 def test_every_setting_has_a_type_that_is_checked() -> None:
     """A default that its own annotation refused would show that an annotation is not understood."""
     defaults = TrainConfig().to_dict()
-    assert runfolder.checked_settings(defaults) == defaults
+    assert checked_settings(defaults) == defaults
     for name in defaults:
         with pytest.raises(ConfigError, match="--"):
-            runfolder.checked_settings({name: object()})
+            checked_settings({name: object()})
