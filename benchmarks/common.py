@@ -16,10 +16,10 @@ import torch
 from fastmnist.measure.environment import hardware, versions
 
 
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with --data-dir and --output."""
+def arguments(doc: str | None, *, downloads: bool = False) -> argparse.ArgumentParser:
+    """A parser with --data-dir, which may be left out if the script downloads, and --output."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's four IDX files, .gz")
+    parser.add_argument("--data-dir", type=Path, required=not downloads, help="folder with MNIST's four IDX files, .gz")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     return parser
 

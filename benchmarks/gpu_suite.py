@@ -2,7 +2,8 @@
 
     taskset -c 0,1 python benchmarks/gpu_suite.py --data-dir FOLDER --output benchmarks/results/gpu_suite.json
 
-Two cores stand for Colab's. Parts, in this order unless --parts names some; each begins only while its time is left:
+Without --data-dir MNIST is downloaded. Two cores stand for Colab's. Parts, in this order unless --parts names some;
+each begins only while its time is left:
 
 - presets: `speedrun` of fast99 and fast995, 20 seeds, compiled and recorded: accuracy, its test, and every clock.
 - small CNN: the fastest published recipe for MNIST that we know, by the same clocks.
@@ -49,6 +50,7 @@ from fastmnist.measure.clock import in_turns, ratios
 from fastmnist.measure.environment import origin
 from fastmnist.measure.sides import OURS
 from fastmnist.presets import TARGETS, preset_config
+from fastmnist.report.table import gpu_table
 from fastmnist.session import make_loaders, make_model, open_files
 from fastmnist.speedrun import speedrun
 from fastmnist.training.compiling import set_up_compile
@@ -65,7 +67,7 @@ PROFILED = 5  # steps
 class Suite:
     """What the parts share, and what they found."""
 
-    data_dir: str
+    data_dir: str | None
     cache: Path
     device: torch.device
     dry: bool
@@ -190,7 +192,7 @@ def cold(suite: Suite) -> dict[str, Any]:
             if suite.dry:
                 command += ["--dataset", "digits", "--epochs", "0.2", "--batch-size", "64"]
             else:
-                command += ["--dataset", "mnist", "--data-dir", suite.data_dir]
+                command += ["--dataset", "mnist", *(["--data-dir", suite.data_dir] if suite.data_dir else [])]
             begun = time.perf_counter()
             subprocess.run(command, env={**os.environ, **caches}, check=True, timeout=120)
             summary = json.loads((out / "summary.json").read_text())
@@ -366,7 +368,7 @@ def measure(suite: Suite, parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, downloads=True)
     names = [part.name for part in PARTS]
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
@@ -377,9 +379,15 @@ def main() -> None:
     if device.type != "cuda" and not options.dry:
         parser.error("there is no CUDA GPU here; --dry shows that the suite runs")
     with tempfile.TemporaryDirectory() as cache:
-        suite = Suite(str(options.data_dir), Path(cache), device, options.dry, options.output, options.limit)
+        suite = Suite(
+            options.data_dir and str(options.data_dir), Path(cache), device, options.dry, options.output, options.limit
+        )
         found = measure(suite, [part for part in PARTS if part.name in options.parts])
     print(table(found))
+    if not options.dry and all(
+        "error" not in found.get(name, {"error": ""}) for name in ("presets", "graph", "small CNN")
+    ):
+        print(f"\nFor README:\n\n{gpu_table(found | origin(device))}")
     failed = [name for name, part in found.items() if "error" in part]
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
