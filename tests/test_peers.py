@@ -13,6 +13,7 @@ import torch
 from fastmnist.measure.peers import PEERS, missing
 from tests.conftest import skip_or_fail
 
+pytestmark = pytest.mark.peers
 COUNT, BATCH, SHAPE = 203, 32, (28, 28, 1)
 SIZES = [BATCH] * (COUNT // BATCH) + [COUNT % BATCH]
 # Their workers share out the shards, and each ends with a batch of its own.

@@ -24,6 +24,7 @@ SHORTER = {
     "bench": ["--quick", "--only", "fastmnist.Loader"],
     "doctor": ["--seconds", "1"],
     "ladder": ["--quick", "--images", "256"],
+    "speedrun --preset fast99": ["--seeds", "1", "--images-seen", "2000", "--compile", "off"],
     "speedrun": ["--seeds", "1", "--images-seen", "2000"],
     "tune": ["--budget", "2"],
     "train --dataset": ["--images-seen", "200"],
