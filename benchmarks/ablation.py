@@ -32,10 +32,11 @@ from fastmnist.files import write_bytes
 from fastmnist.measure.clock import in_turns, ratios
 from fastmnist.measure.environment import describe_hardware, origin
 from fastmnist.presets import preset_config
-from fastmnist.session import make_loaders, make_model, open_files
+from fastmnist.report.progress import Reporter
+from fastmnist.session import Session
 from fastmnist.training.evaluate import evaluate_model
 from fastmnist.training.loop import Trainer
-from fastmnist.training.precision import choose_device, choose_precision
+from fastmnist.training.precision import choose_device
 
 TURNS, TIMED_IMAGES = 7, 2048
 FIRST_PART = 0.5  # of the steps, on smaller images
@@ -278,34 +279,26 @@ def ways(config: TrainConfig) -> list[Way]:
 
 
 @contextmanager
-def beginning(way: Way, config: TrainConfig, seed: int, device: torch.device) -> Iterator[tuple[Trainer, Any, Any]]:
+def beginning(way: Way, config: TrainConfig, seed: int) -> Iterator[tuple[Trainer, Any, Any]]:
     """(trainer, validation loader, moments) with the way's change made."""
-    files, config = open_files(replace(config, **way.settings, seed=seed), lambda *_: None)
-    loaders = make_loaders(files, config, device)
-    try:
-        torch.manual_seed(seed)
-        model = make_model(files, config, device)
-        trainer = Trainer(model, loaders.train, config, choose_precision(config.amp, device))
-        way.change(trainer)
-        refresh(trainer)
-        yield trainer, loaders.validation, files.train.moments
-    finally:
-        loaders.close()
-        files.close()
+    with Session(replace(config, **way.settings, seed=seed), Reporter(quiet=True)) as session:
+        way.change(session.trainer)
+        refresh(session.trainer)
+        yield session.trainer, session.loaders.validation, session.files.train.moments
 
 
-def accuracy(way: Way, config: TrainConfig, seed: int, device: torch.device) -> float:
-    with beginning(way, config, seed, device) as (trainer, validation, moments):
+def accuracy(way: Way, config: TrainConfig, seed: int) -> float:
+    with beginning(way, config, seed) as (trainer, validation, moments):
         while trainer.step < trainer.steps:
             trainer.run_epoch()
         return evaluate_model(trainer.model, validation, *moments).accuracy
 
 
-def seconds(way: Way, config: TrainConfig, device: torch.device) -> Callable[[], float]:
+def seconds(way: Way, config: TrainConfig) -> Callable[[], float]:
     """What measures seconds per image, over some steps from different parts of a run."""
 
     def measure() -> float:
-        with beginning(way, config, 0, device) as (trainer, _, _):
+        with beginning(way, config, 0) as (trainer, _, _):
             size, taken, seen = trainer.loader.batch_size, 0.0, 0
             transforms = trainer.transforms(0)
             batches = iter(trainer.loader)
@@ -341,10 +334,10 @@ def main() -> None:
         where = {"dataset": "mnist", "data_dir": str(options.data_dir), "cache_dir": cache, "device": str(device)}
         config = preset_config(options.preset, **where, log_every=2**31)
         some = ways(config)
-        timed = in_turns({way.name: seconds(way, config, device) for way in some}, options.turns)
+        timed = in_turns({way.name: seconds(way, config) for way in some}, options.turns)
         rows: list[dict[str, Any]] = []
         for way in some:
-            found = [accuracy(way, config, seed, device) for seed in range(options.seeds)]
+            found = [accuracy(way, config, seed) for seed in range(options.seeds)]
             rows.append(
                 {
                     "name": way.name,

@@ -50,12 +50,12 @@ from fastmnist.measure.clock import in_turns, ratios
 from fastmnist.measure.environment import origin
 from fastmnist.measure.sides import OURS
 from fastmnist.presets import TARGETS, preset_config
+from fastmnist.report.progress import Reporter
 from fastmnist.report.table import gpu_table
-from fastmnist.session import make_loaders, make_model, open_files
+from fastmnist.session import Session, make_model, open_files
 from fastmnist.speedrun import speedrun
-from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.loop import Trainer
-from fastmnist.training.precision import choose_device, choose_precision
+from fastmnist.training.precision import choose_device
 
 LIMIT_SECONDS = 460
 SEEDS = 20
@@ -215,21 +215,13 @@ def peak(device: torch.device, dry: bool) -> float:
 
 
 @contextmanager
-def training(config: TrainConfig, device: torch.device) -> Iterator[tuple[Trainer, float]]:
+def training(config: TrainConfig) -> Iterator[tuple[Trainer, float]]:
     """A trainer that is set up as config.compile says, before its first step; and the seconds that this took."""
-    files, config = open_files(config, lambda *_: None)
-    loaders = make_loaders(files, config, device)
-    try:
-        torch.manual_seed(config.seed)
-        model = make_model(files, config, device)
+    with Session(config, Reporter(quiet=True)) as session:
         begun = time.perf_counter()
-        trainer = Trainer(model, loaders.train, config, choose_precision(config.amp, device))
-        set_up_compile(trainer, config.compile)
-        trainer.synchronize()
-        yield trainer, time.perf_counter() - begun
-    finally:
-        loaders.close()
-        files.close()
+        session.set_up()
+        session.trainer.synchronize()
+        yield session.trainer, time.perf_counter() - begun
 
 
 def flops(config: TrainConfig) -> float:
@@ -302,7 +294,7 @@ def steps(suite: Suite) -> dict[str, Any]:
             continue
         size = 64 if suite.dry else 256
         config = suite.config(stem=stem, batch_size=size, compile=mode)
-        with training(config, suite.device) as (trainer, set_up):
+        with training(config) as (trainer, set_up):
             seconds = [fixed(trainer, 2 if suite.dry else STEPS_OF_A_TURN) for _ in range(2 if suite.dry else 8)][1:]
             rate = [size / value for value in seconds]
             each = flops(config)
@@ -323,7 +315,7 @@ def loading(suite: Suite) -> dict[str, Any]:
     found = {}
     for placement in ("resident", "stream"):
         config = suite.config("fast995", placement=placement, compile=suite.mode)
-        with training(config, suite.device) as (trainer, _):
+        with training(config) as (trainer, _):
             sides: dict[str, Callable[[], float]] = {
                 "loader": partial(loaded, trainer, not suite.dry),
                 "first epoch": partial(loaded, trainer, False),

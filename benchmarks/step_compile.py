@@ -24,10 +24,9 @@ import torch
 from common import arguments, report
 
 from fastmnist.presets import preset_config
-from fastmnist.session import make_loaders, make_model, open_files
-from fastmnist.training.compiling import set_up_compile
-from fastmnist.training.loop import Trainer
-from fastmnist.training.precision import choose_device, choose_precision
+from fastmnist.report.progress import Reporter
+from fastmnist.session import Session
+from fastmnist.training.precision import choose_device
 
 LEFT_OUT = 5  # first steps
 
@@ -41,16 +40,18 @@ def one(options: Any) -> dict[str, float]:
         data_dir=str(options.data_dir),
         cache_dir=str(options.cache),
         device=str(device),
+        compile=options.mode,
     )
-    files, config = open_files(config, lambda *_: None)
-    loaders = make_loaders(files, config, device)
-    torch.manual_seed(0)
-    model = make_model(files, config, device)
-    trainer = Trainer(model, loaders.train, config, choose_precision(config.amp, device))
+    with Session(config, Reporter(quiet=True)) as session:
+        return timed(session, options)
+
+
+def timed(session: Session, options: Any) -> dict[str, float]:
+    trainer = session.trainer
     begun = time.perf_counter()
     if options.load:
         torch.compiler.load_cache_artifacts(options.load.read_bytes())
-    set_up_compile(trainer, options.mode)
+    session.set_up()
     set_up = time.perf_counter() - begun
     artifacts = torch.compiler.save_cache_artifacts() if options.save else None
     if artifacts is not None:
@@ -65,8 +66,6 @@ def one(options: Any) -> dict[str, float]:
         trainer.train_step(0)
         trainer.synchronize()
         milliseconds.append(1e3 * (time.perf_counter() - begun))
-    loaders.close()
-    files.close()
     return {"set_up_seconds": set_up, "step_milliseconds": statistics.median(milliseconds[LEFT_OUT:])}
 
 

@@ -22,7 +22,7 @@ from fastmnist.measure.environment import hardware, tuned_on, versions
 from fastmnist.report.events import summary_writer, tensorboard_events
 from fastmnist.report.progress import Reporter, duration
 from fastmnist.runfolder import CONFIG, RunFolder
-from fastmnist.session import make_loaders, make_model, open_files
+from fastmnist.session import Session
 from fastmnist.training.checkpoint import (
     CHECKPOINT,
     Checkpoints,
@@ -31,18 +31,15 @@ from fastmnist.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from fastmnist.training.compiling import set_up_compile
-from fastmnist.training.evaluate import Evaluation, StopRequested, evaluate_model
-from fastmnist.training.loop import Record, Trainer
-from fastmnist.training.model import count_parameters
-from fastmnist.training.precision import Precision, choose_compile, choose_device, choose_precision, keep_precision
+from fastmnist.training.evaluate import Evaluation, StopRequested
+from fastmnist.training.loop import Record
+from fastmnist.training.precision import Precision, choose_precision, keep_precision
 
 
 @dataclass
 class Clocks:
     """Seconds of each part of a run."""
 
-    data: float = 0.0
     compile: float = 0.0
     evaluate: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -159,21 +156,24 @@ class _Run:
     def execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
         if self.config.tensorboard:
             summary_writer()  # says at once when it is not there
-        with self.clocks.measure("data"):
-            self.files, self.config = open_files(self.config, self.reporter.compiling)
-        if self.files.note:
-            self.reporter.say(self.files.note)
-        device = choose_device(self.config.device)
-        self._compare_with_tuning(device)
-        self.precision = self._choose_precision(device, resumed)
-        choose_compile(self.config.compile, device)  # says at once what cannot work
-        with self.clocks.measure("data"):
-            self.loaders = make_loaders(self.files, self.config, device, resumed=resumed is not None)
-        torch.manual_seed(self.config.seed)
+        with Session(
+            self.config,
+            self.reporter,
+            precision=lambda device: self._choose_precision(device, resumed),
+            resumed=resumed is not None,
+        ) as self.session:
+            return self._execute(resumed)
+
+    def _execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
+        session = self.session
+        self.config, self.files, self.loaders, self.trainer = (
+            session.config,
+            session.files,
+            session.loaders,
+            session.trainer,
+        )
+        self._compare_with_tuning()
         self.card = self._make_card()
-        model = make_model(self.files, self.config, device)
-        self.parameters = count_parameters(model)
-        self.trainer = Trainer(model, self.loaders.train, self.config, self.precision)
         self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
         self.records: list[Record] = []
         if resumed is None:
@@ -195,8 +195,6 @@ class _Run:
             raise
         finally:
             self.folder.release()
-            self.loaders.close()
-            self.files.close()
 
     def _choose_precision(self, device: torch.device, resumed: tuple[RunFolder, dict[str, Any]] | None) -> Precision:
         """A run that goes on keeps its precision, whatever would be chosen on this device."""
@@ -218,13 +216,13 @@ class _Run:
     def _load(self, state: dict[str, Any]) -> None:
         try:
             self._check_test_file(state)
-            self.trainer.load_state_dict(state | {"amp": self.precision.name})
+            self.trainer.load_state_dict(state | {"amp": self.session.precision.name})
         except DataError as error:
             raise DataError(f"{self.folder.path / CHECKPOINT}: {error}; begin the run anew, or restore it") from error
         self.records = self.folder.forget_after(self.trainer.step)
 
-    def _compare_with_tuning(self, device: torch.device) -> None:
-        here = tuned_on(device, self.files.train.image_shape, str(self.config.dataset))
+    def _compare_with_tuning(self) -> None:
+        here = tuned_on(self.session.device, self.files.train.image_shape, str(self.config.dataset))
         if self.config.tuned_on not in (None, here):
             self.reporter.say(
                 f"Warning: the loader's settings were tuned on {self.config.tuned_on}; this is {here}. They work, but "
@@ -250,15 +248,15 @@ class _Run:
         epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:.3g} epochs"
         self.reporter.say(
             f"{config.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
-            f"images; {config.model}, {self.parameters:,} parameters; {epochs}, {trainer.steps:,} steps of "
+            f"images; {config.model}, {self.session.parameters:,} parameters; {epochs}, {trainer.steps:,} steps of "
             f"{config.batch_size} images, on {trainer.device}"
         )
-        self.reporter.say(f"mixed precision {self.precision.name}: {self.precision.reason}")
+        self.reporter.say(f"mixed precision {self.session.precision.name}: {self.session.precision.reason}")
 
     def _set_up_compile(self) -> None:
         """Outside the training clock."""
         with self.clocks.measure("compile"):
-            self.compile_mode, self.compile_reason = set_up_compile(self.trainer, self.config.compile)
+            self.compile_mode, self.compile_reason = self.session.set_up()
         self.reporter.say(f"compile {self.compile_mode}: {self.compile_reason}")
 
     def _train(self) -> TrainResult:
@@ -347,8 +345,7 @@ class _Run:
 
     def _evaluate(self, loader: Loader, stop: Callable[[], bool]) -> Evaluation:
         with self.clocks.measure("evaluate"):
-            mean, std = self.files.train.moments
-            return evaluate_model(self.trainer.model, loader, mean, std, stop=stop)
+            return self.session.evaluate(loader, stop=stop)
 
     def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
         trainer, config = self.trainer, self.config
@@ -359,12 +356,12 @@ class _Run:
             "test_loss": evaluation and evaluation.loss,
             "train_seconds": trainer.seconds,
             "compile_seconds": self.clocks.compile,
-            "data_seconds": self.clocks.data,
+            "data_seconds": self.session.data_seconds,
             "evaluate_seconds": self.clocks.evaluate,
             "total_seconds": time.perf_counter() - self.clocks.started,
             "images_per_second": trainer.images_per_second,
             "device": str(trainer.device),
-            "amp": self.precision.name,
+            "amp": self.session.precision.name,
             "compile": self.compile_mode,
             "compile_reason": self.compile_reason,
             "loader": config.loader,
@@ -379,7 +376,7 @@ class _Run:
             "interrupted": evaluation is None,
             "seed": config.seed,
             "model": config.model,
-            "parameters": self.parameters,
+            "parameters": self.session.parameters,
             "versions": versions(),
             "hardware": hardware(trainer.device),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),

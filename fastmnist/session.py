@@ -1,10 +1,13 @@
-"""The data of one run: files, the validation split, loaders, and the settings that depend on them."""
+"""A run before its first step: files, the settings that depend on them, device, precision, loaders, model, trainer."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,11 +22,16 @@ from fastmnist.data.epochs import EpochLoader
 from fastmnist.data.loader import Loader
 from fastmnist.data.prepare import CompileProgress, prepare
 from fastmnist.errors import ConfigError, DataError
-from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU
+from fastmnist.training.compiling import set_up_compile
+from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU, Evaluation, evaluate_model
 from fastmnist.training.live_taps import use_live_taps
-from fastmnist.training.loop import DEFAULT_RATES
-from fastmnist.training.model import build_model, stop_counting
+from fastmnist.training.loop import DEFAULT_RATES, Trainer
+from fastmnist.training.model import build_model, count_parameters, stop_counting
 from fastmnist.training.overlap import overlap
+from fastmnist.training.precision import Precision, choose_compile, choose_device, choose_precision
+
+if TYPE_CHECKING:
+    from fastmnist.report.progress import Reporter
 
 VAL_SIZE, VAL_SHARE = 5000, 0.1
 SPLIT_SEED = 0  # one validation split for all seeds, so that runs compare
@@ -55,6 +63,77 @@ class RunLoaders:
         for loader in (self.train, self.validation, self.test):
             if loader is not None:
                 loader.close()
+
+
+class Session:
+    """All that a run is made of, put together once, for who trains, repeats or measures; a context manager.
+
+    Attributes:
+        config: resolved: every setting that depends on the data has its value.
+        device, precision: of the trainer. parameters: of the model, as they are saved.
+        data_seconds: that files and loaders took.
+
+    Args:
+        reporter: is told of files that are compiled, and of a dataset that is taken in another's place.
+        precision: chooses it for a device; by default as config.amp says.
+        resumed: the settings are those of a run that was begun with them.
+
+    Raises:
+        DataError: the data cannot be used. ConfigError: a setting cannot work here.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        reporter: Reporter,
+        *,
+        precision: Callable[[torch.device], Precision] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        begun = time.perf_counter()
+        self.files, self.config = open_files(config, reporter.compiling)
+        with ExitStack() as failing:
+            failing.callback(self.files.close)
+            if self.files.note:
+                reporter.say(self.files.note)
+            self.device = choose_device(self.config.device)
+            choose_compile(self.config.compile, self.device)  # says at once what cannot work
+            self.precision = (
+                choose_precision(self.config.amp, self.device) if precision is None else precision(self.device)
+            )
+            self.loaders = make_loaders(self.files, self.config, self.device, check_effect=not resumed)
+            failing.callback(self.loaders.close)
+            self.data_seconds = time.perf_counter() - begun
+            model = self.make_model(self.config.seed)
+            self.parameters = count_parameters(model)
+            self.trainer = Trainer(model, self.loaders.train, self.config, self.precision)
+            self._closing = failing.pop_all()
+
+    def make_model(self, seed: int) -> nn.Module:
+        """One with fresh weights of that seed, as it is trained here."""
+        torch.manual_seed(seed)
+        return make_model(self.files, self.config, self.device)
+
+    def make_loaders(self, seed: int) -> RunLoaders:
+        """Those of a run with that seed; the caller closes them."""
+        return make_loaders(self.files, replace(self.config, seed=seed), self.device, check_effect=False)
+
+    def set_up(self) -> tuple[str, str]:
+        """Chooses and sets up how steps run: (mode, reason); see `set_up_compile`."""
+        return set_up_compile(self.trainer, self.config.compile)
+
+    def evaluate(self, loader: Loader, **options: Any) -> Evaluation:
+        """What the model says of one of the loaders; options as `evaluate_model` takes them."""
+        return evaluate_model(self.trainer.model, loader, *self.files.train.moments, **options)
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def open_files(config: TrainConfig, progress: CompileProgress) -> tuple[RunFiles, TrainConfig]:
@@ -103,15 +182,15 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
-def make_loaders(files: RunFiles, config: TrainConfig, device: torch.device, *, resumed: bool = False) -> RunLoaders:
+def make_loaders(
+    files: RunFiles, config: TrainConfig, device: torch.device, *, check_effect: bool = True
+) -> RunLoaders:
     """The loaders of a resolved configuration, their batches on `device`; `config.loader` names that for training.
 
-    resumed: the settings are those of a run that was begun with them.
-
     Raises:
-        ConfigError: a setting changes nothing on this device, unless the run is resumed.
+        ConfigError: a setting changes nothing on this device, and that is to be checked.
     """
-    if not resumed:
+    if check_effect:
         _check_effect(config, device)
     training, validation = _split(files.train, config)
 

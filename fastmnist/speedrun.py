@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 from scipy.stats import ttest_1samp
-from torch import nn
 
 from fastmnist.config import TrainConfig
 from fastmnist.data.loader import Loader
@@ -23,12 +21,8 @@ from fastmnist.measure.clock import row
 from fastmnist.measure.environment import origin
 from fastmnist.presets import SIGNIFICANCE
 from fastmnist.report.progress import Reporter, duration
-from fastmnist.session import RunFiles, make_loaders, make_model, open_files
-from fastmnist.training.compiling import set_up_compile
-from fastmnist.training.evaluate import evaluate_model
-from fastmnist.training.loop import Trainer, fastest_convolutions
-from fastmnist.training.model import count_parameters
-from fastmnist.training.precision import choose_device, choose_precision
+from fastmnist.session import Session
+from fastmnist.training.loop import fastest_convolutions
 
 POINTS = 10  # of the curve of accuracy over seconds
 NEVER = 2**31  # steps between two looks at the loss
@@ -155,60 +149,45 @@ def speedrun(
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
     reporter = reporter or Reporter(quiet=True)
     config = replace(config, log_every=NEVER, val_size=config.val_size or 0)
-    begun = time.perf_counter()
-    files, config = open_files(config, reporter.compiling)
-    try:
-        if files.note:
-            reporter.say(files.note)
-        session = _Session(files, config, begun)
-        reporter.say(session.describe())
-        setup = session.setup() | {"import_seconds": AGE_WHEN_IMPORTED, "preset": preset, "command": command}
-        return session.repeat(seeds, curve, shifted, target, enough, setup, reporter, progress)
-    finally:
-        files.close()
+    with Session(config, reporter) as session:
+        repeated = _Repeated(session)
+        reporter.say(repeated.describe())
+        setup = repeated.setup() | {"import_seconds": AGE_WHEN_IMPORTED, "preset": preset, "command": command}
+        return repeated.repeat(seeds, curve, shifted, target, enough, setup, reporter, progress)
 
 
-class _Session:
-    """One model and its compiled step, trained anew for each seed."""
+class _Repeated:
+    """One model and its recorded step, trained anew for each seed."""
 
-    def __init__(self, files: RunFiles, config: TrainConfig, begun: float) -> None:
-        self.files, self.config = files, config
-        self.device = choose_device(config.device)
-        self.precision = choose_precision(config.amp, self.device)
-        loaders = make_loaders(files, config, self.device)
-        torch.manual_seed(config.seed)
-        model = make_model(files, config, self.device)
-        self.parameters = count_parameters(model)
-        self.trainer = Trainer(model, loaders.train, config, self.precision)
-        self.data_seconds = time.perf_counter() - begun
+    def __init__(self, session: Session) -> None:
+        self.session, self.config, self.trainer = session, session.config, session.trainer
         begun = time.perf_counter()
-        self.mode, self.reason = set_up_compile(self.trainer, config.compile)
-        if self.device.type == "cuda":
-            self._evaluate(loaders.test)  # cuDNN looks for its algorithms now
+        self.mode, self.reason = session.set_up()
+        if session.device.type == "cuda":
+            self._evaluate(session.loaders.test)  # cuDNN looks for its algorithms now
         self.compile_seconds = time.perf_counter() - begun
-        loaders.close()
 
     def describe(self) -> str:
-        trainer = self.trainer
+        session, trainer = self.session, self.trainer
         return (
-            f"{self.config.dataset}, {self.config.model}, {self.parameters:,} parameters; {trainer.steps:,} steps of "
-            f"{self.config.batch_size} images on {trainer.device}, mixed precision {self.precision.name}, compile "
-            f"{self.mode} ({self.reason})"
+            f"{self.config.dataset}, {self.config.model}, {session.parameters:,} parameters; {trainer.steps:,} steps "
+            f"of {self.config.batch_size} images on {trainer.device}, mixed precision {session.precision.name}, "
+            f"compile {self.mode} ({self.reason})"
         )
 
     def setup(self) -> dict[str, Any]:
         return {
-            "data_seconds": self.data_seconds,
+            "data_seconds": self.session.data_seconds,
             "compile_seconds": self.compile_seconds,
-            "device": str(self.device),
-            "amp": self.precision.name,
+            "device": str(self.session.device),
+            "amp": self.session.precision.name,
             "compile": self.mode,
             "compile_reason": self.reason,
             "dataset": self.config.dataset,
-            "parameters": self.parameters,
+            "parameters": self.session.parameters,
             "steps": self.trainer.steps,
             "train_images": len(self.trainer.loader.indices),
-            "test_images": len(self.files.test),
+            "test_images": len(self.session.files.test),
             "config": self.config.recipe(),
         }
 
@@ -245,14 +224,14 @@ class _Session:
                 points = self.curve(first, stop)
         if not runs:
             raise KeyboardInterrupt
-        return Speedrun(runs, points, setup, origin(self.device), interrupted, target)
+        return Speedrun(runs, points, setup, origin(self.session.device), interrupted, target)
 
     def run(self, seed: int, shifted: bool, stop: Callable[[], bool]) -> dict[str, Any] | None:
         """One seed; None when the user stopped it."""
         trainer = self.trainer
-        model = self._model(seed)
+        model = self.session.make_model(seed)
         begun = time.perf_counter()
-        loaders = make_loaders(self.files, replace(self.config, seed=seed), self.device)
+        loaders = self.session.make_loaders(seed)
         trainer.synchronize()
         found: dict[str, Any] = {"seed": seed, "data_seconds": time.perf_counter() - begun, "evaluate_seconds": 0.0}
         trainer.begin_again(model, loaders.train)
@@ -266,7 +245,7 @@ class _Session:
             if shifted:
                 found["test_accuracy_shifted"] = self._evaluate(loaders.test, shifted=True)
         except FastmnistError as error:  # the loss is no longer finite
-            found |= {"error": str(error), "test_accuracy": 1 / len(self.files.test.class_names)}
+            found |= {"error": str(error), "test_accuracy": 1 / len(self.session.files.test.class_names)}
         finally:
             loaders.close()
         found["train_seconds"] = trainer.seconds
@@ -275,20 +254,16 @@ class _Session:
 
     @fastest_convolutions
     def _evaluate(self, loader: Loader, *, shifted: bool = False) -> float:
-        return evaluate_model(self.trainer.model, loader, *self.files.train.moments, shifted=shifted).accuracy
-
-    def _model(self, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return make_model(self.files, self.config, self.device)
+        return self.session.evaluate(loader, shifted=shifted).accuracy
 
     def curve(self, seed: int, stop: Callable[[], bool]) -> list[dict[str, float]]:
         """Accuracy on the test set along one run, with the clock stopped; empty when it diverges or is stopped."""
         trainer = self.trainer
         points: list[dict[str, float]] = []
         looks = {int(step) for step in np.linspace(0, trainer.steps, POINTS + 1).round()[1:]}
-        loaders = make_loaders(self.files, replace(self.config, seed=seed), self.device)
+        loaders = self.session.make_loaders(seed)
         try:
-            trainer.begin_again(self._model(seed), loaders.train)
+            trainer.begin_again(self.session.make_model(seed), loaders.train)
             while trainer.step < trainer.steps:
                 trainer.run_epoch(stop=lambda: trainer.step in looks or stop())
                 if stop():

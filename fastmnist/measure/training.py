@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,9 +14,8 @@ from fastmnist.data.augment import Augmentation
 from fastmnist.data.epochs import Batch
 from fastmnist.errors import ConfigError
 from fastmnist.report.progress import Reporter
-from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.loop import Trainer, fastest_convolutions
-from fastmnist.training.precision import choose_compile, choose_device, choose_precision
+from fastmnist.training.precision import choose_compile
 
 if TYPE_CHECKING:
     from fastmnist.session import RunFiles, RunLoaders
@@ -62,27 +61,17 @@ def training_setup(
         FastmnistError: the mode that `config.compile` names does not work here.
     """
     # torchvision and scikit-learn take seconds to import, and who measures a loop of their own needs neither.
-    from fastmnist.session import make_loaders, make_model, open_files
+    from fastmnist.session import Session
 
-    with ExitStack() as leaving:
-        files, config = open_files(config, reporter.compiling)
-        leaving.callback(files.close)
-        if files.note:
-            reporter.say(files.note)
-        device = choose_device(config.device)
-        precision = choose_precision(config.amp, device)
-        mode, _ = choose_compile(config.compile, device)  # says at once what cannot work
-        loaders = make_loaders(files, config, device)
-        leaving.callback(loaders.close)
+    with Session(config, reporter) as session:
+        files, config, trainer = session.files, session.config, session.trainer
         height, width, _ = files.train.image_shape
-        torch.manual_seed(config.seed)
-        model = make_model(files, config, device)
-        trainer = Trainer(model, loaders.train, config, precision)
-        model.train()
-        transforms = _transforms(config, largest_batch or config.batch_size, (height, width), device)
-        if mode != "off":
-            set_up_compile(trainer, mode)
-        yield TrainingSetup(files, config, device, loaders.train.indices, loaders, _step_of(trainer, transforms))
+        trainer.model.train()
+        transforms = _transforms(config, largest_batch or config.batch_size, (height, width), session.device)
+        if choose_compile(config.compile, session.device)[0] != "off":
+            session.set_up()
+        step = _step_of(trainer, transforms)
+        yield TrainingSetup(files, config, session.device, trainer.loader.indices, session.loaders, step)
 
 
 def _transforms(
