@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from fastmnist.config import TrainConfig
+from fastmnist.presets import preset_config
 from fastmnist.run import train
 
 pytestmark = pytest.mark.slow
 
 
-def test_one_epoch_of_mnist_reaches_99_percent(mnist_folder: Path, tmp_path: Path) -> None:
-    """99.25 to 99.34 % in three runs: one seed is as good as three."""
-    config = TrainConfig(dataset="mnist", data_dir=str(mnist_folder), epochs=1, val_size=0, out=str(tmp_path / "run"))
-    assert train(config).summary["test_accuracy"] >= 0.99
+def test_the_preset_for_a_cpu_reaches_what_it_says(mnist_folder: Path, tmp_path: Path) -> None:
+    """99.07 % ± 0.07: one seed of this order is as good as some."""
+    where = {"dataset": "mnist", "data_dir": str(mnist_folder), "out": str(tmp_path / "run")}
+    assert train(preset_config("cpu", **where, val_size=0, quiet=True)).summary["test_accuracy"] >= 0.988
 
 
 def test_digits_reach_97_percent_without_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -414,8 +414,7 @@ def test_an_error_in_ffcvs_thread_is_one_here_and_no_hang(open_loader, monkeypat
 
 
 @pytest.mark.ffcv
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_after_ffcv_numba_compiles_what_writes_to_arrays(samples, in_a_new_process, tmp_path, monkeypatch, os_cache):
+def test_after_ffcv_numba_compiles_what_writes_to_arrays(samples, in_a_new_process, tmp_path, monkeypatch):
     """FFCV makes numba's types of arrays read-only for the whole process."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))  # empty: all is compiled
     script = """
@@ -427,7 +426,7 @@ def test_after_ffcv_numba_compiles_what_writes_to_arrays(samples, in_a_new_proce
         from fastmnist.data.loader import Loader
 
         warnings.simplefilter("ignore")
-        path, os_cache = sys.argv[1], sys.argv[2] == "True"
+        path, os_cache = sys.argv[1], True
         ours = Loader(path, 10, device="cpu", dtype=torch.float32, augment=Augmentation(1.0), threads=1)
         with FFCVLoader(path, 9, device="cpu", os_cache=os_cache) as loader, ours:
             count, file = len(loader.file), loader.file
@@ -441,7 +440,7 @@ def test_after_ffcv_numba_compiles_what_writes_to_arrays(samples, in_a_new_proce
                 assert sum(len(labels) for _, labels in another) == count
         print("compiled")
     """
-    assert in_a_new_process(script, samples[0], os_cache) == "compiled\n"
+    assert in_a_new_process(script, samples[0]) == "compiled\n"
 
 
 @pytest.mark.ffcv

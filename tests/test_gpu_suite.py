@@ -35,14 +35,15 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_part_of_it_at_toy_size(mnist_folder: Path, tmp_path: Path) -> None:
+def test_its_parts_at_toy_size(mnist_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    ended = run("--dry", "--device", "cpu", "--data-dir", str(mnist_folder), "--output", str(file))
+    parts = [part.name for part in gpu_suite.PARTS if part.name != "bench"]  # a command with tests of its own
+    where = ["--data-dir", str(mnist_folder), "--output", str(file)]
+    ended = run("--dry", "--device", "cpu", *where, "--parts", *parts)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(file.read_text())
     assert found["dry"]
-    parts = {part.name for part in gpu_suite.PARTS}
-    assert parts <= set(found)
+    assert set(parts) <= set(found)
     assert not [name for name in parts if "error" in found[name]]
     assert set(found["presets"]) == {"fast99", "fast995"}
     assert "fast99:" in ended.stdout

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.measure import race
-from fastmnist.measure.race import SAME, Racing, Running, combinations, describe, memory_in_use
+from fastmnist.measure.race import SAME, Racing, Running, combinations, describe
 from fastmnist.measure.tune import tune_loader
 
 BATCH, BATCHES = 4, 40
@@ -199,16 +199,28 @@ def test_a_loader_that_yields_nothing_is_named(clock):
 
 
 def test_a_limit_of_memory_leaves_out_what_takes_more(clock, monkeypatch):
-    def make(size):
-        loader = Sleepy(clock)
-        loader.kept = torch.ones(size << 20, dtype=torch.uint8)
-        return loader
+    taken = [100 << 20]
 
-    monkeypatch.setattr(race, "memory_in_use", memory_in_use)
+    def make(size):
+        taken.append(size << 20)
+        return Sleepy(clock)
+
+    monkeypatch.setattr(race, "memory_in_use", lambda: sum(taken))
     found = tune_loader(make, {"size": [1, 400]}, budget=60, max_memory=200 << 20)
     assert statuses(found)["size 400"] == "too much memory"
-    assert "allowed are 200" in found.race.candidates[-1].reason
+    assert "400 MiB, allowed are 200" in found.race.candidates[-1].reason
     assert found.settings == {"size": 1}
+
+
+def test_the_memory_in_use_is_that_of_this_process(in_a_new_process):
+    script = """
+        import torch
+        from fastmnist.measure.race import memory_in_use
+        before = memory_in_use()
+        kept = torch.ones(400 << 20, dtype=torch.uint8)
+        assert 350 << 20 < memory_in_use() - before < 450 << 20
+    """
+    in_a_new_process(script)
 
 
 def test_a_space_without_values_is_refused():
