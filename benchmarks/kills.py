@@ -44,11 +44,10 @@ from fastmnist import cli
 from fastmnist.config import TrainConfig
 from fastmnist.data.beton import Beton
 from fastmnist.data.datasets import DATASETS
-from fastmnist.session import make_loaders, make_model, open_files
+from fastmnist.report.progress import Reporter
+from fastmnist.session import Session
 from fastmnist.training import checkpoint
 from fastmnist.training.checkpoint import Checkpoints, load_checkpoint
-from fastmnist.training.loop import Trainer
-from fastmnist.training.precision import choose_precision
 
 IMPORTED = (
     "fastmnist.run",
@@ -353,35 +352,31 @@ def cost(turns: int, steps: int = 60) -> dict[str, Any]:
     written = 0
     with tempfile.TemporaryDirectory() as scratch:
         config = TrainConfig(dataset="digits", batch_size=128, epochs=(2 * turns + 2) * steps, cache_dir=scratch)
-        opened, config = open_files(config, lambda *progress: None)
-        device = torch.device("cpu")
-        loaders = make_loaders(opened, config, device)
-        trainer = Trainer(make_model(opened, config, device), loaders.train, config, choose_precision("auto", device))
-        checkpoint.SAVE_EVERY = COST_SAVES_EVERY
-        for turn in range(turns + 1):
-            for side, values in clocks.items():
-                with Checkpoints(Path(scratch), config.to_dict()) as checkpoints:
+        with Session(config, Reporter(quiet=True)) as session:
+            trainer, config = session.trainer, session.config
+            checkpoint.SAVE_EVERY = COST_SAVES_EVERY
+            for turn in range(turns + 1):
+                for side, values in clocks.items():
+                    with Checkpoints(Path(scratch), config.to_dict()) as checkpoints:
 
-                    def save(checkpoints: Checkpoints = checkpoints) -> None:
-                        nonlocal written
-                        if checkpoints.due():
-                            checkpoints.begin(trainer.state_dict())
-                            written += 1
+                        def save(checkpoints: Checkpoints = checkpoints) -> None:
+                            nonlocal written
+                            if checkpoints.due():
+                                checkpoints.begin(trainer.state_dict())
+                                written += 1
 
-                    last, before = trainer.step + steps, trainer.seconds
-                    while trainer.step < last:
-                        trainer.run_epoch(
-                            stop=lambda last=last: trainer.step >= last,  # type: ignore[misc]
-                            after_step=save if side == "with" else lambda: None,
-                        )
-                    if turn:
-                        values.append(trainer.seconds - before)
-                    else:
-                        written = 0
-                    checkpoints.wait()
+                        last, before = trainer.step + steps, trainer.seconds
+                        while trainer.step < last:
+                            trainer.run_epoch(
+                                stop=lambda last=last: trainer.step >= last,  # type: ignore[misc]
+                                after_step=save if side == "with" else lambda: None,
+                            )
+                        if turn:
+                            values.append(trainer.seconds - before)
+                        else:
+                            written = 0
+                        checkpoints.wait()
         size = (Path(scratch) / checkpoint.CHECKPOINT).stat().st_size
-        loaders.close()
-        opened.close()
     if not written:
         raise SystemExit(f"{steps} steps ended before the first checkpoint: nothing was measured")
     more = statistics.median(clocks["with"]) - statistics.median(clocks["without"])
