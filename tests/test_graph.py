@@ -62,7 +62,7 @@ class Begin:
             nn.Flatten(),
             nn.Linear(8 * 9 * 9, 10),
         )
-        model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(device=self.device, memory_format=torch.channels_last)
         each = Trainer(model.train(), loader, config, Precision(dtype, "a test"))
         each.chunk = self.chunk
         if recorded:
@@ -177,7 +177,7 @@ def test_a_recording_leaves_no_trace_whether_it_works_or_not(
     untouched, tried = (begin(False, dtype, dropout=0.3, optimizer=optimizer) for _ in range(2))
     for each in (untouched, tried):  # not at the beginning, where momenta are zero
         torch.manual_seed(7)  # of dropout
-        each.run_epoch(stop=lambda each=each: each.step == 2)  # type: ignore[misc]
+        each.run_epoch(stop=lambda each=each: each.step == 2)
     before = state(tried)
     with pytest.raises(RuntimeError, match="is capturing"):
         tried.record_graph(failing)

@@ -668,3 +668,17 @@ def test_a_uint8_loader_asks_for_no_statistics(tmp_path, write_small_beton, monk
     assert len(list(Loader(tmp_path / "a.beton", 8, device="cpu"))) == 3
     with pytest.raises(AssertionError, match="moments"):
         Loader(tmp_path / "a.beton", 8, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_chunks_are_the_batches_laid_together(samples, count, device):
+    with Loader(samples[0], 10, seed=3, device=device) as each, Loader(samples[0], 10, seed=3, device=device) as loader:
+        for first in (0, 2):
+            each.seek(1, first)
+            loader.seek(1, first)
+            batches, chunks = list(each), list(loader.chunks(count))
+            assert [len(labels) for _, labels in chunks[:-1]] == [10 * count] * (len(chunks) - 1)
+            for part in (0, 1):
+                assert torch.equal(torch.cat([c[part] for c in chunks]), torch.cat([b[part] for b in batches]))
+            assert loader.state_dict() == each.state_dict()

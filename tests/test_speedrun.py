@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
+from fastmnist import session
 from fastmnist.cli import main
 from fastmnist.config import TrainConfig
-from fastmnist.errors import ConfigError
+from fastmnist.errors import ConfigError, DataError
 from fastmnist.report.speedrun import plot_speedrun
 from fastmnist.run import train
 from fastmnist.speedrun import Speedrun, speedrun, spread
@@ -76,6 +80,37 @@ def test_a_run_that_diverges_counts(tmp_path: Path) -> None:
     assert "the loss is" in result.runs[0]["error"]
     assert result.curve == []
     plot_speedrun(result.to_dict(), [tmp_path / "a.png"])
+
+
+def test_a_test_file_that_cannot_be_read_is_no_run_that_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*arguments, **options) -> None:
+        raise DataError("the file was changed")
+
+    monkeypatch.setattr(session, "evaluate_model", unreadable)
+    with pytest.raises(DataError, match="the file was changed"):
+        speedrun(TrainConfig(**SMALL), 1, curve=False)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "claim"),
+    [([0.991, 0.992] * 10, "PASS"), ([0.989, 0.992] * 10, "MISS"), ([0.99] * 20, "MISS"), ([0.991, 0.992], "")],
+)
+def test_what_is_claimed_of_a_target(found: Speedrun, accuracies: list[float], claim: str) -> None:
+    """By the t statistic written out, and for 20 seeds or more alone."""
+    runs = [dict(found.runs[0]) | {"test_accuracy": accuracy} for accuracy in accuracies]
+    aimed = replace(found, runs=runs, target=0.99)
+    n, deviation = len(accuracies), float(np.std(accuracies, ddof=1))
+    if deviation > 1e-9:
+        expected = scipy.stats.t.sf((np.mean(accuracies) - 0.99) / (deviation / n**0.5), n - 1)
+        assert aimed.p_value == pytest.approx(expected)
+    assert [word for word in ("PASS", "MISS") if word in aimed.verdict()] == [claim] * bool(claim)
+    assert found.p_value is None
+
+
+def test_enough_ends_it_between_two_seeds() -> None:
+    assert (
+        len(speedrun(TrainConfig(**SMALL | {"epochs": 0.1}), 5, curve=False, enough=lambda done: done == 2).runs) == 2
+    )
 
 
 def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, total: int) -> None:

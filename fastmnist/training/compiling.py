@@ -58,7 +58,7 @@ def set_up_compile(trainer: Trainer, asked: str) -> tuple[str, str]:
 
 def _set_up(trainer: Trainer, mode: str) -> None:
     if mode in OPTIONS:
-        compile_step(trainer, mode)
+        _compile(trainer, mode)
     if mode == "off" or trainer.device.type != "cuda":
         trainer.warm_up()
         return
@@ -67,7 +67,7 @@ def _set_up(trainer: Trainer, mode: str) -> None:
         trainer.record_graph()
 
 
-def compile_step(trainer: Trainer, mode: str) -> None:
+def _compile(trainer: Trainer, mode: str) -> None:
     """Forward and loss through torch.compile; it happens at the first pass."""
     options = OPTIONS[mode] if trainer.device.type == "cuda" else {}
     trainer.compute = torch.compile(trainer.forward, options=options)

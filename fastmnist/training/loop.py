@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -223,11 +223,8 @@ class Trainer:
         self.step += 1
 
     @fastest_convolutions
-    def warm_up(self, passes: int = 1) -> float:
-        """Forward and backward passes that leave no trace in the model: compiles, and finds what does not fit.
-
-        Returns:
-            Seconds per pass, without loading.
+    def warm_up(self) -> None:
+        """A forward and backward pass that leaves no trace in the model: compiles, and finds what does not fit.
 
         Raises:
             ConfigError: the batch does not fit into the GPU's memory; names one that does.
@@ -237,7 +234,7 @@ class Trainer:
         size = self.loader.batch_size
         part = None if transforms is None else transforms[:size]
         try:
-            return self.trial(images[:size], labels[:size], part, passes)
+            self._trial(images[:size], labels[:size], part)
         except torch.OutOfMemoryError:
             raise ConfigError(self._advice_on_memory(images[:size], labels[:size], part)) from None
 
@@ -254,23 +251,15 @@ class Trainer:
         """Loads the first `chunk` batches of the first epoch: for who measures steps."""
         self.load(*self._example(), 0)
 
-    def trial(
-        self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None, passes: int = 1
-    ) -> float:
-        """Seconds per forward and backward pass; statistics, gradients and random state are as before."""
+    def _trial(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None) -> None:
+        """A forward and backward pass; statistics, gradients and random state are as before."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         random_state = _random_state(self.device)
         try:
-            prepared = self.prepare(images, transforms)
+            loss, _ = self.compute(self.prepare(images, transforms), labels)
+            self.scaler.scale(loss).backward()
+            join()
             self.synchronize()
-            begun = time.perf_counter()
-            for _ in range(passes):
-                loss, _ = self.compute(prepared, labels)
-                self.scaler.scale(loss).backward()
-                join()
-                self._forget_gradients()
-            self.synchronize()
-            return (time.perf_counter() - begun) / passes
         finally:
             self._forget_gradients()
             with torch.no_grad():
@@ -285,8 +274,8 @@ class Trainer:
                 tensor.grad = None
 
     @fastest_convolutions
-    def record_graph(self, record: Callable[[Body, Body], Body] = cuda_graph) -> float:
-        """From now on a step is one CUDA graph: returns the seconds that it took. Raises RuntimeError as StepGraph."""
+    def record_graph(self, record: Callable[[Body, Body], Body] = cuda_graph) -> None:
+        """From now on a step is one CUDA graph. Raises RuntimeError as StepGraph."""
         images, labels, transforms = self._example()
         random_state = _random_state(self.device)
         self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
@@ -317,7 +306,6 @@ class Trainer:
             if self.precision.scaled:
                 self.scaler.load_state_dict(scaler)
             _set_random_state(random_state, self.device)
-        return self.graph.seconds
 
     def begin_again(self, model: nn.Module, loader: EpochLoader) -> None:
         """From step 0 with the weights of `model` and the order of `loader`, and what was compiled or recorded."""
@@ -339,7 +327,7 @@ class Trainer:
         size = len(labels) // 2
         while size >= 2:
             try:
-                self.trial(images[:size], labels[:size], None if transforms is None else transforms[:size])
+                self._trial(images[:size], labels[:size], None if transforms is None else transforms[:size])
             except torch.OutOfMemoryError:
                 size //= 2
             else:
@@ -371,9 +359,9 @@ class Trainer:
         Raises:
             FastmnistError: the loss is no longer finite.
         """
-        epoch, at = divmod(self.step, len(self.loader))
-        self.loader.seek(epoch, at)  # an epoch that was left early goes on
-        batches, size = self.batches_of(epoch), self.loader.batch_size
+        epoch, first = divmod(self.step, len(self.loader))
+        self.loader.seek(epoch, first)  # an epoch that was left early goes on
+        batches = self.batches_of(epoch)
         self.model.train()
         self.synchronize()
         begun, before = time.perf_counter(), self.seconds
@@ -386,39 +374,44 @@ class Trainer:
 
             return told
 
-        transforms = self._transforms(epoch)
-        logged, ticked = at, before
-        for images, labels in self.loader.chunks(self.chunk):
-            moves = None if transforms is None else transforms[at * size : at * size + len(labels)]
-            self.load(images, labels, moves, at)
-            for at in range(at, min(at + len(labels) // size, batches)):  # noqa: B020  # goes on from where it is
-                self.train_step(at)
-                done = at + 1
+        logged, ticked = first, before
+        for done in self._train(epoch, first):
+            self.seconds = before + time.perf_counter() - begun
+            if done % self.log_every == 0 or done == batches:
+                looks.take(logged, done, self.step, tell(on_log))
+                logged, ticked = done, self.seconds
+            elif self.seconds - ticked > tick_seconds and not looks.pending:
+                looks.take(logged, done, self.step, tell(on_tick))
+                ticked = self.seconds
+            else:
+                looks.poll()
+            after_step()
+            if done < batches and stop():
+                looks.take(logged, done, self.step, tell(lambda record: None))
+                looks.finish()
+                self.synchronize()
                 self.seconds = before + time.perf_counter() - begun
-                if done % self.log_every == 0 or done == batches:
-                    looks.take(logged, done, self.step, tell(on_log))
-                    logged, ticked = done, self.seconds
-                elif self.seconds - ticked > tick_seconds and not looks.pending:
-                    looks.take(logged, done, self.step, tell(on_tick))
-                    ticked = self.seconds
-                else:
-                    looks.poll()
-                after_step()
-                if done < batches and stop():
-                    looks.take(logged, done, self.step, tell(lambda record: None))
-                    looks.finish()
-                    self.synchronize()
-                    self.seconds = before + time.perf_counter() - begun
-                    return None
-            at += 1
-            if at == batches:
-                break
+                return None
         if self.step < self.steps:
             self._transforms(epoch + 1)  # while the GPU works
         looks.finish()
         self.synchronize()
         self.seconds = before + time.perf_counter() - begun
         return self.epoch_record(epoch)
+
+    def _train(self, epoch: int, first: int) -> Iterator[int]:
+        """Trains on the batches of an epoch from number `first` on; after each, how many of the epoch's are done."""
+        batches, size, transforms = self.batches_of(epoch), self.loader.batch_size, self._transforms(epoch)
+        for images, labels in self.loader.chunks(self.chunk):
+            moves = None if transforms is None else transforms[first * size : first * size + len(labels)]
+            self.load(images, labels, moves, first)
+            end = min(first + len(labels) // size, batches)
+            for at in range(first, end):
+                self.train_step(at)
+                yield at + 1
+            if end == batches:
+                return
+            first = end
 
     def _loader_state(self) -> dict[str, Any]:
         """Of the loader as if it had handed out the batches that were trained on, and no more."""

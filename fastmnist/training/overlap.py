@@ -64,7 +64,7 @@ class _Convolution(torch.autograd.Function):
         return of_images, of_weight, None, None
 
 
-@torch.library.custom_op("fastmnist::weight_gradient", mutates_args=())  # type: ignore[misc]
+@torch.library.custom_op("fastmnist::weight_gradient", mutates_args=())
 def weight_gradient(
     grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
@@ -81,7 +81,7 @@ def weight_gradient(
     return found
 
 
-@weight_gradient.register_fake  # type: ignore[untyped-decorator]
+@weight_gradient.register_fake
 def _(
     grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
