@@ -10,7 +10,7 @@ import torch
 from fastmnist.errors import ConfigError
 
 # Seconds that a cold torch.compile of a ResNet-18 takes, forward and backward, and the share of a recorded step that it
-# saves (H200, torch 2.11, batch 256: 24 s, then 1 to 2 s from its cache; 1.53 ms became 0.92).
+# saves (H200, torch 2.11, batch 256: 24 s, in a later process some 10 s; 1.42 ms became 0.89).
 COMPILE_SECONDS = 25.0
 COMPILE_GAIN = 0.4
 
