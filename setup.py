@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fastmnist", "fastmnist.*"]),
     package_data={"fastmnist": ["py.typed"], "fastmnist.report": ["*.jinja"]},
-    entry_points={"console_scripts": ["fastmnist = fastmnist.cli:main"]},
+    entry_points={"console_scripts": ["fastmnist = fastmnist.cli.main:main"]},
     install_requires=[
         "jinja2>=3.1",
         "joblib>=1.3",

@@ -29,14 +29,14 @@ from torch.nn import functional
 
 from fastmnist.config import TrainConfig
 from fastmnist.files import write_bytes
-from fastmnist.measure.clock import in_turns, ratios
-from fastmnist.measure.environment import describe_hardware, origin
 from fastmnist.presets import preset_config
-from fastmnist.report.progress import Reporter
-from fastmnist.session import Session
+from fastmnist.system.environment import describe_hardware, origin
+from fastmnist.system.progress import Reporter
+from fastmnist.system.statistics import in_turns, ratios
 from fastmnist.training.evaluate import evaluate_model
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import choose_device
+from fastmnist.training.session import Session
 
 TURNS, TIMED_IMAGES = 7, 2048
 FIRST_PART = 0.5  # of the steps, on smaller images

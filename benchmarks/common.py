@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastmnist.measure.environment import hardware, versions
+from fastmnist.system.environment import hardware, versions
 
 
 def arguments(doc: str | None, *, downloads: bool = False) -> argparse.ArgumentParser:

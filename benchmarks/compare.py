@@ -31,9 +31,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from fastmnist.measure.clock import LEAST_FOR_INTERVAL, Summary
-from fastmnist.measure.environment import describe_hardware
-from fastmnist.report.table import number
+from fastmnist.report.tables import number
+from fastmnist.system.environment import describe_hardware
+from fastmnist.system.statistics import LEAST_FOR_INTERVAL, Summary
 
 RATIOS = ("of_limit", "over_plain")
 HEADINGS = {"of_limit": "of the limit", "over_plain": "over plain"}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common import arguments, report, seconds, summarise
 
-from fastmnist.data.datasets import from_folder
-from fastmnist.data.writer import write_beton
+from fastmnist.beton.writer import write_beton
+from fastmnist.sources.datasets import from_folder
 
 
 def main() -> None:

@@ -25,14 +25,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastmnist.data.beton import Beton
-from fastmnist.data.ffcv_loader import HOW_TO_GET_FFCV
-from fastmnist.data.prepare import compiled_path
+from fastmnist.baselines.ffcv_loader import HOW_TO_GET_FFCV
+from fastmnist.beton.reader import Beton
 from fastmnist.errors import FastmnistError
 from fastmnist.files import write_bytes
 from fastmnist.measure.bench import bench_file
-from fastmnist.measure.clock import ratios, row
-from fastmnist.measure.environment import origin, versions
+from fastmnist.prepare.prepare import compiled_path
+from fastmnist.system.environment import origin, versions
+from fastmnist.system.statistics import ratios, row
 from fastmnist.training.precision import choose_device
 
 ROUNDS = 7  # at least 6: fewer values have no 95 % interval

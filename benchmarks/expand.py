@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from common import arguments, report, summarise
 
-from fastmnist.data.expand import Streamed
+from fastmnist.prepare.expand import Streamed
 
 TRAINING_IMAGES = 60_000
 PIECE = 1 << 21  # bytes of one write
@@ -30,8 +30,8 @@ PIECE = 1 << 21  # bytes of one write
 COMMAND = """
 import re, sys, time
 from pathlib import Path
-from fastmnist.cli import main
-from fastmnist.data import expand
+from fastmnist.cli.main import main
+from fastmnist.prepare import expand
 
 write, writing = expand.write_expanded, []
 

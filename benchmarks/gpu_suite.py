@@ -41,21 +41,21 @@ from recipes import notebook_recipe, small_cnn_recipe, synchronize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastmnist.beton.reader import Beton
 from fastmnist.config import TrainConfig
-from fastmnist.data.beton import Beton
-from fastmnist.data.prepare import prepare
 from fastmnist.measure.bench import QUICK, Plan, choose_sides
 from fastmnist.measure.bench import bench as compare
-from fastmnist.measure.clock import in_turns, ratios
-from fastmnist.measure.environment import origin
-from fastmnist.measure.sides import OURS
+from fastmnist.measure.contenders import OURS
+from fastmnist.prepare.prepare import prepare
 from fastmnist.presets import TARGETS, preset_config
-from fastmnist.report.progress import Reporter
-from fastmnist.report.table import gpu_table
-from fastmnist.session import Session, make_model, open_files
-from fastmnist.speedrun import speedrun
+from fastmnist.report.tables import gpu_table
+from fastmnist.runs.speedrun import speedrun
+from fastmnist.system.environment import origin
+from fastmnist.system.progress import Reporter
+from fastmnist.system.statistics import in_turns, ratios
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import choose_device
+from fastmnist.training.session import Session, make_model, open_files
 
 LIMIT_SECONDS = 460
 SEEDS = 20

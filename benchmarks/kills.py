@@ -40,25 +40,25 @@ from common import report, summarise
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastmnist import cli
+from fastmnist.beton.reader import Beton
+from fastmnist.cli import main as cli
 from fastmnist.config import TrainConfig
-from fastmnist.data.beton import Beton
-from fastmnist.data.datasets import DATASETS
-from fastmnist.report.progress import Reporter
-from fastmnist.session import Session
+from fastmnist.sources.datasets import DATASETS
+from fastmnist.system.progress import Reporter
 from fastmnist.training import checkpoint
 from fastmnist.training.checkpoint import Checkpoints, load_checkpoint
+from fastmnist.training.session import Session
 
 IMPORTED = (
-    "fastmnist.run",
-    "fastmnist.speedrun",
-    "fastmnist.data.expand",
+    "fastmnist.runs.train",
+    "fastmnist.runs.speedrun",
+    "fastmnist.prepare.expand",
     "fastmnist.measure.tune",
     "fastmnist.report.curves",
     "fastmnist.report.html",
     "fastmnist.report.plots",
-    "fastmnist.report.search",
-    "fastmnist.report.speedrun",
+    "fastmnist.report.tune_chart",
+    "fastmnist.report.speedrun_chart",
     "sklearn.datasets",
 )
 KILL_SAVES_EVERY, COST_SAVES_EVERY = 0.05, 2.0

@@ -13,9 +13,9 @@ from pathlib import Path
 from common import arguments
 
 from fastmnist.files import write_bytes
-from fastmnist.ladder import ladder
-from fastmnist.report.ladder import ladder_markdown, plot_ladder
-from fastmnist.report.progress import Reporter
+from fastmnist.report.ladder_chart import ladder_markdown, plot_ladder
+from fastmnist.runs.ladder import ladder
+from fastmnist.system.progress import Reporter
 
 BEGIN, END = "<!-- ladder -->\n", "<!-- /ladder -->"
 

@@ -42,13 +42,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
-from fastmnist.data.augment import Augmentation
-from fastmnist.data.baselines import FFCVLoader, TunedDataLoader
-from fastmnist.data.beton import Beton
-from fastmnist.data.datasets import DATASETS, from_folder
-from fastmnist.data.loader import Loader
-from fastmnist.data.normalise import Normaliser
-from fastmnist.data.writer import write_beton
+from fastmnist.baselines.loaders import FFCVLoader, TunedDataLoader
+from fastmnist.beton.reader import Beton
+from fastmnist.beton.writer import write_beton
+from fastmnist.loader.augment import Augmentation
+from fastmnist.loader.loader import Loader
+from fastmnist.loader.normalise import Normaliser
+from fastmnist.sources.datasets import DATASETS, from_folder
 from fastmnist.training.model import build_model
 
 BATCH_SIZES = (512, 2048)
@@ -159,7 +159,7 @@ begun = time.perf_counter()
 import json, sys
 import torch
 from fastmnist import Loader
-from fastmnist.data.augment import Augmentation
+from fastmnist.loader.augment import Augmentation
 kind, path = sys.argv[1:]
 options = {"dtype": torch.uint8 if kind == "uint8" else torch.float32}
 if kind == "augmented":

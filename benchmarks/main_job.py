@@ -19,9 +19,9 @@ import torch
 from common import arguments, report
 
 from fastmnist.config import TrainConfig
-from fastmnist.data.loader import Loader
-from fastmnist.data.prepare import prepare
-from fastmnist.run import train
+from fastmnist.loader.loader import Loader
+from fastmnist.prepare.prepare import prepare
+from fastmnist.runs.train import train
 from fastmnist.training.model import resnet18
 
 LIMIT_IMAGES = 85_000

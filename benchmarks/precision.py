@@ -16,8 +16,8 @@ import torch
 from common import arguments, report
 
 from fastmnist.config import Stem
-from fastmnist.data.loader import Batch, Loader
-from fastmnist.data.prepare import prepare
+from fastmnist.loader.loader import Batch, Loader
+from fastmnist.prepare.prepare import prepare
 from fastmnist.training.model import resnet18
 from fastmnist.training.precision import processor_flags
 

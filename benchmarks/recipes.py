@@ -1,7 +1,7 @@
 """Training as people write it, without fastmnist's trainer: what the presets are held against, by the same clocks.
 
 The training clock runs from the request of a batch to the end of its step, and stands still while the test set is
-looked at. Both take images from loaders of `fastmnist.data.baselines`, which are what notebooks have (torchvision's
+looked at. Both take images from loaders of `fastmnist.baselines.loaders`, which are what notebooks have (torchvision's
 transforms sample by sample) and the fastest that plain tensors allow.
 """
 
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmnist.data.augment import Augmentation, warp_on_device
-from fastmnist.data.baselines import PlainDataLoader, TensorLoader
-from fastmnist.data.beton import Beton
-from fastmnist.data.loader import Loader
-from fastmnist.data.normalise import Normaliser
+from fastmnist.baselines.loaders import PlainDataLoader, TensorLoader
+from fastmnist.beton.reader import Beton
+from fastmnist.loader.augment import Augmentation, warp_on_device
+from fastmnist.loader.loader import Loader
+from fastmnist.loader.normalise import Normaliser
 from fastmnist.training.evaluate import EVALUATION_BATCH, evaluate_model
 from fastmnist.training.model import resnet18
 

@@ -24,7 +24,7 @@ import numpy as np
 import optuna
 
 from fastmnist.measure import race
-from fastmnist.measure.clock import summarise
+from fastmnist.system.statistics import summarise
 
 MACHINES, BUDGET = 200, 30.0
 VALUE_SECONDS, OPENING_SECONDS = 0.25, 0.5

@@ -24,8 +24,8 @@ import numpy as np
 from common import report
 from scipy import stats
 
-from fastmnist.data.order import WINDOW_PAGES, epoch_order, quasi_random_order
-from fastmnist.data.writer import PAGE_SIZE
+from fastmnist.beton.writer import PAGE_SIZE
+from fastmnist.loader.order import WINDOW_PAGES, epoch_order, quasi_random_order
 
 IMAGE_SIZE, WATCHED = 784, 200
 

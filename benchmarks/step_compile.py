@@ -24,9 +24,9 @@ import torch
 from common import arguments, report
 
 from fastmnist.presets import preset_config
-from fastmnist.report.progress import Reporter
-from fastmnist.session import Session
+from fastmnist.system.progress import Reporter
 from fastmnist.training.precision import choose_device
+from fastmnist.training.session import Session
 
 LEFT_OUT = 5  # first steps
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastmnist.data.augment import Augmentation, warp_on_device
-from fastmnist.data.loader import Loader
-from fastmnist.data.normalise import Normaliser
+from fastmnist.loader.augment import Augmentation, warp_on_device
+from fastmnist.loader.loader import Loader
+from fastmnist.loader.normalise import Normaliser
 
 BATCH_SIZE, EPOCHS, ONE_IN = 512, 3, 30  # epochs in a round: about a tenth of a second of ours
 MOVES = Augmentation(shift=2.0, rotation=8.0, scale=0.08)

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmnist.data.writer import write_beton
-from fastmnist.measure.peers import PEERS, missing
+from fastmnist.baselines.peers import PEERS, missing
+from fastmnist.beton.writer import write_beton
 
 HF = PEERS["hf-datasets"]
 TIMEOUT = 60  # seconds in which FFCV must have written a file: it waits for ever when one of its processes ends

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from fastmnist.data.loader import Loader
-from fastmnist.data.normalise import Normaliser
+from fastmnist.loader.loader import Loader
+from fastmnist.loader.normalise import Normaliser
 from fastmnist.training.evaluate import EVALUATION_BATCH, evaluate_model
 from fastmnist.training.model import build_model
 

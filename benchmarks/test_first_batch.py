@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from fastmnist.measure.bench import OPEN_TIMEOUT, START_TIMEOUT
-from fastmnist.measure.processes import SideError, SideProcess
-from fastmnist.measure.sides import BY_NAME, OURS, PLAIN
+from fastmnist.measure.client import SideError, SideProcess
+from fastmnist.measure.contenders import BY_NAME, OURS, PLAIN
 
 BATCH_SIZE, ROUNDS = 512, 6
 TOGETHER = 2  # processes that import at the same time; nothing is measured meanwhile

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmnist.data.loader import Loader
+from fastmnist.loader.loader import Loader
 
 BATCH_SIZE, EPOCHS = 512, 36  # epochs in a round: about a tenth of a second
 Round = tuple[Callable[[], None], Callable[[], None]]  # what comes before the clock starts, and what is timed

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fastmnist.data.loader import Loader
+from fastmnist.loader.loader import Loader
 
 
 @pytest.mark.gpu

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from fastmnist.baselines.peers import PEERS, missing
 from fastmnist.measure.bench import OPEN_TIMEOUT, START_TIMEOUT, TURN_TIMEOUT, WRITE_TIMEOUT
-from fastmnist.measure.peers import PEERS, missing
-from fastmnist.measure.processes import SideError, SideProcess
-from fastmnist.measure.sides import SIDES
+from fastmnist.measure.client import SideError, SideProcess
+from fastmnist.measure.contenders import SIDES
 
 BATCH_SIZE = 512
 WARM_UP, SECONDS, LIMIT_SECONDS = 0.1, 0.25, 0.1

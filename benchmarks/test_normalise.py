@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fastmnist.data.loader import Loader
+from fastmnist.loader.loader import Loader
 
 BATCH_SIZE, EPOCHS = 512, 12  # epochs in a round: about a tenth of a second
 Normalise = Callable[[torch.Tensor], torch.Tensor]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from fastmnist.baselines.loaders import LOADERS
 from fastmnist.config import TrainConfig
-from fastmnist.data.baselines import LOADERS
-from fastmnist.session import loader_settings
 from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model
 from fastmnist.training.precision import choose_precision
+from fastmnist.training.session import loader_settings
 
 BATCH_SIZE, IMAGES, MODEL = 128, 5120, "small-cnn"
 LIMIT_STEPS = 10

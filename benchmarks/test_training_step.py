@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fastmnist.baselines.loaders import LOADERS
 from fastmnist.config import TrainConfig
-from fastmnist.data.baselines import LOADERS
-from fastmnist.data.normalise import Normaliser
-from fastmnist.measure.clock import summarise
-from fastmnist.session import loader_settings
+from fastmnist.loader.normalise import Normaliser
+from fastmnist.system.statistics import summarise
 from fastmnist.training.model import build_model
+from fastmnist.training.session import loader_settings
 
 BATCH_SIZE = 128
 STEPS = {"small-cnn": 20, "resnet18": 5}  # in a round, about half a second of each on two cores

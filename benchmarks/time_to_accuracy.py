@@ -18,13 +18,13 @@ from typing import Any
 from common import arguments
 from recipes import notebook_recipe, plain_recipe
 
-from fastmnist.data.beton import Beton
-from fastmnist.data.prepare import prepare
+from fastmnist.beton.reader import Beton
 from fastmnist.files import write_bytes
-from fastmnist.measure.clock import ratios, row
-from fastmnist.measure.environment import origin
+from fastmnist.prepare.prepare import prepare
 from fastmnist.presets import preset_config
-from fastmnist.speedrun import speedrun
+from fastmnist.runs.speedrun import speedrun
+from fastmnist.system.environment import origin
+from fastmnist.system.statistics import ratios, row
 from fastmnist.training.precision import choose_device
 
 

@@ -19,13 +19,13 @@ import torch
 from common import arguments, report
 from torch.utils.data import DataLoader, Dataset
 
+from fastmnist.baselines.workers import of_workers
 from fastmnist.config import TrainConfig
-from fastmnist.data.workers import of_workers
-from fastmnist.measure.clock import in_turns, ratios, summarise
+from fastmnist.measure.loops import training_setup
 from fastmnist.measure.race import Candidate, Running, Settings, combinations
-from fastmnist.measure.training import training_setup
 from fastmnist.measure.tune import Tuning, make_loader, simplest, space_of, tune, tune_loader
-from fastmnist.report.progress import Reporter
+from fastmnist.system.progress import Reporter
+from fastmnist.system.statistics import in_turns, ratios, summarise
 
 TURNS, BUDGET = 8, 30.0
 SLOW: dict[str, list[Any]] = {"num_workers": [0, 1, 2, 4, 8], "prefetch_factor": [2, 4]}

@@ -7,26 +7,26 @@ __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import fastmnist` and `fastmnist --help` need no torch.
 _HOMES = {
-    "Augmentation": "fastmnist.data.augment",
-    "Beton": "fastmnist.data.beton",
+    "Augmentation": "fastmnist.loader.augment",
+    "Beton": "fastmnist.beton.reader",
     "FastmnistError": "fastmnist.errors",
-    "Loader": "fastmnist.data.loader",
+    "Loader": "fastmnist.loader.loader",
     "TrainConfig": "fastmnist.config",
     "build_model": "fastmnist.training.model",
     "bench": "fastmnist.measure.bench",
-    "compile_dataset": "fastmnist.data.prepare",
+    "compile_dataset": "fastmnist.prepare.prepare",
     "doctor": "fastmnist.measure.doctor",
-    "evaluate": "fastmnist.inference",
-    "export": "fastmnist.export",
-    "ladder": "fastmnist.ladder",
-    "predict": "fastmnist.inference",
+    "evaluate": "fastmnist.inference.predict",
+    "export": "fastmnist.inference.export",
+    "ladder": "fastmnist.runs.ladder",
+    "predict": "fastmnist.inference.predict",
     "preset_config": "fastmnist.presets",
-    "resume": "fastmnist.run",
-    "speedrun": "fastmnist.speedrun",
-    "train": "fastmnist.run",
+    "resume": "fastmnist.runs.train",
+    "speedrun": "fastmnist.runs.speedrun",
+    "train": "fastmnist.runs.train",
     "tune": "fastmnist.measure.tune",
     "tune_loader": "fastmnist.measure.tune",
-    "write_beton": "fastmnist.data.writer",
+    "write_beton": "fastmnist.beton.writer",
 }
 __all__ = [*_HOMES, "__version__"]  # strings all
 

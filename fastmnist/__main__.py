@@ -2,6 +2,6 @@
 
 import sys
 
-from fastmnist.cli import main
+from fastmnist.cli.main import main
 
 sys.exit(main())

@@ -185,7 +185,7 @@ def write_dataset(
     def write(
         folder: Path, name: str = "mnist", train: int = 30, test: int = 20, suffix: str = "", seed: int = 0
     ) -> dict[str, Samples]:
-        from fastmnist.data.datasets import DATASETS
+        from fastmnist.sources.datasets import DATASETS
 
         dataset, written = DATASETS[name], {}
         for split, count in (("train", train), ("test", test)):
@@ -214,7 +214,7 @@ def write_small_beton(random_samples: Callable[..., Samples]) -> Callable[..., S
         seed: int = 0,
         **options: Any,
     ) -> Samples:
-        from fastmnist.data.writer import write_beton
+        from fastmnist.beton.writer import write_beton
 
         images, labels = random_samples(count, shape, classes, seed)
         write_beton(path, images, labels, **options)

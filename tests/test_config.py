@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmnist.cli import build_parser
+from fastmnist.cli.main import build_parser
 from fastmnist.config import GROUPS, TrainConfig, flag
 from fastmnist.errors import ConfigError
 

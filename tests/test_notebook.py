@@ -155,7 +155,7 @@ def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
 def test_it_runs_on_mnist(
     mnist_folder: Path, write_idx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmnist.data.idx import IdxFile  # not above: the notebook is tried where fastmnist is missing too
+    from fastmnist.sources.idx import IdxFile  # not above: the notebook is tried where fastmnist is missing too
 
     """On all training images, and a tenth of the test images: it looks at those a dozen times."""
     data = tmp_path / "data"

@@ -9,9 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fastmnist.data.beton import Beton
+from fastmnist.beton.reader import Beton
 from fastmnist.report.calibration import calibration, plot_calibration
-from fastmnist.report.layout import parts, plot_layout
+from fastmnist.report.file_chart import parts, plot_layout
 from fastmnist.report.live import LiveCurves
 from fastmnist.training.evaluate import accuracy_interval
 

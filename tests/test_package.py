@@ -11,7 +11,7 @@ import fastmnist
 HEAVY = ("torch", "numba", "numpy", "matplotlib", "sklearn")
 
 
-HELP = "from fastmnist.cli import main\ntry: main({})\nexcept SystemExit as end: assert end.code == 0"
+HELP = "from fastmnist.cli.main import main\ntry: main({})\nexcept SystemExit as end: assert end.code == 0"
 
 
 @pytest.mark.parametrize("code", ["import fastmnist", HELP.format(["--help"]), HELP.format(["train", "--help"])])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmnist import cli
+from fastmnist.cli import main as cli
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
 from fastmnist.presets import PRESETS, choose_preset, preset_config
@@ -25,7 +25,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Any:
         taken.append(config)
         raise ConfigError("taken")
 
-    monkeypatch.setattr("fastmnist.run.train", take)
+    monkeypatch.setattr("fastmnist.runs.train.train", take)
 
     def run(*flags: str) -> TrainConfig:
         assert cli.main(["train", "--device", "cpu", *flags]) == 2

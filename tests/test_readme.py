@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastmnist.cli import build_parser
-from fastmnist.report.ladder import ladder_markdown
-from fastmnist.report.table import gpu_table, markdown, step_table, time_table
+from fastmnist.cli.main import build_parser
+from fastmnist.report.ladder_chart import ladder_markdown
+from fastmnist.report.tables import gpu_table, markdown, step_table, time_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmnist.cli import main
+from fastmnist.cli.main import main
 from fastmnist.measure import bench
 
 ROOT = Path(__file__).parents[1]

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmnist.data.beton import Beton
-from fastmnist.data.prepare import FALLBACK, CompileProgress, compile_dataset, prepare
+from fastmnist.baselines.peers import PEERS, missing
+from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, FastmnistError
-from fastmnist.measure.clock import in_turns, ratios, row
-from fastmnist.measure.environment import origin
-from fastmnist.measure.peers import PEERS, missing
-from fastmnist.measure.processes import SideError, SideProcess
-from fastmnist.measure.sides import BY_NAME, OURS, PLAIN, SIDES, Side, Source
+from fastmnist.measure.client import SideError, SideProcess
+from fastmnist.measure.contenders import BY_NAME, OURS, PLAIN, SIDES, Side, Source
+from fastmnist.prepare.prepare import FALLBACK, CompileProgress, compile_dataset, prepare
+from fastmnist.system.environment import origin
+from fastmnist.system.statistics import in_turns, ratios, row
 from fastmnist.training.precision import choose_device
 
 EXPANDED = 60_000  # images that the embedded digits are deformed into, where there is no MNIST

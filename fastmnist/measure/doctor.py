@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 
 from fastmnist.config import TrainConfig
-from fastmnist.data.host import pick_device
 from fastmnist.errors import ConfigError
 from fastmnist.measure.batches import BatchCount, Chained, kept, length_of, tensors_of, with_tensors
-from fastmnist.measure.clock import Summary, in_turns, ratios, summarise
-from fastmnist.measure.scheduling import CoreUse, Host, core_use, limit_periods, stopped_share, thread_times
-from fastmnist.measure.training import training_setup
-from fastmnist.report.progress import Reporter
+from fastmnist.measure.loops import training_setup
+from fastmnist.system.host import pick_device
+from fastmnist.system.progress import Reporter
+from fastmnist.system.scheduling import CoreUse, Host, core_use, limit_periods, stopped_share, thread_times
+from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
 
 Kind = Literal["loader", "copy", "model", "host"]
 

@@ -22,7 +22,7 @@ import torch
 
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.measure.batches import length_of
-from fastmnist.measure.clock import LEAST_FOR_INTERVAL, Summary, ratios, summarise
+from fastmnist.system.statistics import LEAST_FOR_INTERVAL, Summary, ratios, summarise
 
 Settings = dict[str, Any]
 Status = Literal["best", "tie", "slower", "dropped", "failed", "too much memory", "not measured"]

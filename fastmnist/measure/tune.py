@@ -13,15 +13,15 @@ import torch
 import yaml
 from joblib import cpu_count
 
+from fastmnist.baselines.loaders import LOADERS
 from fastmnist.config import LoaderName, TrainConfig
-from fastmnist.data.baselines import LOADERS
 from fastmnist.errors import ConfigError
 from fastmnist.files import write_bytes
-from fastmnist.measure.environment import describe_hardware, hardware, origin, tuned_on
+from fastmnist.measure.loops import TrainingSetup, training_setup
 from fastmnist.measure.race import Candidate, Progress, Race, Racing, Settings, combinations, describe
-from fastmnist.measure.training import TrainingSetup, training_setup
-from fastmnist.report.progress import Reporter
-from fastmnist.session import loader_settings
+from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
+from fastmnist.system.progress import Reporter
+from fastmnist.training.session import loader_settings
 
 LEAST_BUDGET = 1.0
 MOST_SPACE_WORKERS = 8

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmnist.report.curves import plot_curves
-from fastmnist.report.progress import Reporter
+from fastmnist.system.progress import Reporter
 
 REDRAW_EVERY = 2.0  # seconds: a drawing takes a good part of one
 

@@ -12,8 +12,8 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from torch.nn import functional
 
-from fastmnist.data.loader import Loader
-from fastmnist.data.normalise import Normaliser
+from fastmnist.loader.loader import Loader
+from fastmnist.loader.normalise import Normaliser
 
 EVALUATION_BATCH = 500
 EVALUATION_BATCH_ON_GPU = 2500  # a fifth of the launches, which take longer than what they launch

@@ -13,11 +13,11 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fastmnist.config import TrainConfig
-from fastmnist.data.augment import Augmentation, warp_on_device
-from fastmnist.data.epochs import EpochLoader
-from fastmnist.data.normalise import Normaliser
-from fastmnist.data.transfer import on_device
 from fastmnist.errors import ConfigError, DataError, FastmnistError
+from fastmnist.loader.augment import Augmentation, warp_on_device
+from fastmnist.loader.cuda import on_device
+from fastmnist.loader.epochs import EpochLoader
+from fastmnist.loader.normalise import Normaliser
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
 from fastmnist.training.looks import Look, Looks
 from fastmnist.training.overlap import join

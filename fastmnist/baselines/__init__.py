@@ -1,0 +1,1 @@
+"""Other ways to load the same samples, behind Loader's interface."""

@@ -1,0 +1,185 @@
+"""FFCV's own Loader behind the interface of ours; ffcv is imported when one is made."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import time
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from fastmnist.baselines.dataloaders import Baseline, Data, check_workers
+from fastmnist.baselines.workers import LONGEST_WAIT
+from fastmnist.errors import ConfigError
+from fastmnist.loader.epochs import Batch
+from fastmnist.loader.order import Window
+
+LOOK_AGAIN = 0.5  # seconds between two looks at whether a thread that is waited for still runs
+HOW_TO_GET_FFCV = (
+    "on Debian and Ubuntu: apt-get install libopencv-dev libturbojpeg0-dev pkg-config, then "
+    "pip install 'fastmnist[ffcv]'; on Colab the same two lines, each with ! before it"
+)
+
+
+class FFCVLoader(Baseline):
+    """FFCV's own Loader over the same file (G. Leclerc et al., "FFCV: Accelerating training", CVPR 2023).
+
+    It orders an epoch in its own way: `epoch_indices` says how. It cannot begin within an epoch: to resume there, the
+    batches that were handed out are read once more. FFCV sets the number of threads of torch and of numba for the
+    whole process; both are put back. What stays are the threads that numba keeps once they are started, and numba's
+    types of arrays, which FFCV makes read-only: `Loader` mends them for itself (`jit.mend_array_types`).
+
+    Args:
+        data, batch_size, common: as for `Loader`, without `dtype` and `augment`. FFCV has no `uneven` and no ranks.
+        workers: threads that gather a batch, at most as many as numba has.
+        batches_ahead: that are ready before they are asked for.
+        os_cache: read through the system's page cache; False reads pages into memory of FFCV's own.
+        reuse_buffers: hand out FFCV's own memory, which is valid until the next batch is asked for, not a copy of it.
+
+    Yields:
+        images uint8.
+
+    Raises:
+        ConfigError: FFCV cannot be imported (says how to get it), or a setting cannot work.
+        RuntimeError: an error in FFCV's thread, which Python has printed.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int = 512,
+        *,
+        workers: int = 1,
+        batches_ahead: int = 3,
+        os_cache: bool = True,
+        reuse_buffers: bool = False,
+        **common: Any,
+    ) -> None:
+        check_workers(workers, 1)
+        most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        if workers > most:
+            raise ConfigError(f"workers {workers}: numba has {most} threads for FFCV here")
+        if batches_ahead < 1:
+            raise ConfigError(f"batches_ahead {batches_ahead} must be at least 1")
+        with _thread_counts_kept():
+            ffcv = _import_ffcv()
+        super().__init__(data, batch_size, **common)
+        if self.world_size > 1:
+            raise ConfigError(f"FFCV's loader serves one process here, not a world_size of {self.world_size}")
+        self.workers, self.batches_ahead = workers, batches_ahead
+        self.os_cache, self.reuse_buffers = os_cache, reuse_buffers
+        move = [ffcv.transforms.ToDevice(self.device)] if self.device.type == "cuda" else []
+        with _thread_counts_kept():
+            self._loader = ffcv.loader.Loader(
+                str(self.file.path.absolute()),
+                batch_size,
+                num_workers=workers,
+                os_cache=os_cache,
+                order=ffcv.loader.OrderOption[self.order.upper()],
+                seed=self.seed,
+                indices=None if self._all else self.indices,
+                pipelines={
+                    self.file.image_field: [ffcv.fields.decoders.NDArrayDecoder(), ffcv.transforms.ToTensor(), *move],
+                    self.file.label_field: [ffcv.fields.decoders.IntDecoder(), ffcv.transforms.ToTensor(), *move],
+                },
+                drop_last=self.drop_last,
+                batches_ahead=batches_ahead,
+            )
+        # FFCV shuffles this in place, so that an epoch's quasi-random order would depend on what was asked before.
+        self._pages_before = getattr(self._loader.traversal_order, "page_to_samples_array", np.empty(0)).copy()
+
+    @property
+    def needs_file(self) -> bool:
+        return True
+
+    def _settings(self) -> dict[str, Any]:
+        own = ("workers", "batches_ahead", "os_cache", "reuse_buffers")
+        return super()._settings() | {name: getattr(self, name) for name in own}
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"order": f"ffcv {self.order}"}
+
+    def _set_epoch_of_ffcv(self, epoch: int) -> None:
+        self._loader.next_epoch = epoch
+        self._loader.traversal_order.page_to_samples_array = self._pages_before.copy()
+
+    def _samples(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
+        self._set_epoch_of_ffcv(epoch)
+        return np.array(self._loader.next_traversal_order(), np.int64), []
+
+    def _run(self, epoch: int, first: int) -> Generator[Batch]:
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with ExitStack() as leaving:
+            with _thread_counts_kept(), on_device:
+                if self.os_cache:
+                    _ = self._loader.memory_manager.state_type  # see jit.mend_array_types: FFCV compiles by this
+                self._set_epoch_of_ffcv(epoch)
+                thread = iter(self._loader)
+                leaving.callback(_end, thread)
+                self._wait(thread)  # it sets the thread counts too, before its first batch
+            for number in range(len(self)):
+                self._wait(thread)
+                found = next(thread)
+                if number >= first:
+                    yield self._batch(found)
+
+    def _wait(self, thread: Any) -> None:
+        """Until FFCV's thread has put something into its queue: it puts nothing when it fails."""
+        waiting = thread.output_queue
+        with waiting.not_empty:
+            while not waiting.queue:
+                if not thread.is_alive():
+                    raise RuntimeError(f"{self.file.path}: FFCV's thread ended by an error, which is printed above")
+                waiting.not_empty.wait(LOOK_AGAIN)
+
+    def _batch(self, found: Sequence[torch.Tensor]) -> Batch:
+        fields = dict(zip(self._loader.pipeline_specs, found, strict=True))  # in the file's order, not the pipelines'
+        labels = fields[self.file.label_field].view(-1)
+        images = fields[self.file.image_field].view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
+        if not self.reuse_buffers:
+            images, labels = images.clone(), labels.clone()
+        return images.to(self.device), labels.to(self.device)
+
+    def close(self) -> None:
+        super().close()
+        self._loader = None
+
+
+def _import_ffcv() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # FFCV 1.0 is of 2023: what it says of today's numpy and numba is known
+            import ffcv.fields.decoders
+            import ffcv.loader
+            import ffcv.transforms
+    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+        raise ConfigError(f"FFCV's loader needs ffcv, which cannot be imported ({error}); {HOW_TO_GET_FFCV}") from error
+    return ffcv
+
+
+@contextmanager
+def _thread_counts_kept() -> Iterator[None]:
+    of_torch, of_numba = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(of_torch)
+        numba.set_num_threads(of_numba)
+
+
+def _end(thread: Any) -> None:
+    """Ends FFCV's thread within an epoch: by itself it may wait for ever to be rid of its last batch."""
+    thread.terminate_event.set()
+    thread.iter_ixes = iter(())  # nothing more to load
+    give_up = time.monotonic() + LONGEST_WAIT
+    while thread.is_alive() and time.monotonic() < give_up and not sys.is_finalizing():
+        with suppress(queue.Empty):
+            thread.output_queue.get_nowait()  # room for what it puts
+        thread.join(0.01)
+    thread.close()  # the threads that read pages for it

@@ -1,0 +1,50 @@
+"""Other ways to load the same samples, behind the interface of `Loader`, so that whole runs can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from fastmnist.baselines.dataloaders import Baseline, Data, PlainDataLoader, TunedDataLoader
+from fastmnist.baselines.ffcv_loader import FFCVLoader
+from fastmnist.loader.epochs import Batch, EpochLoader
+from fastmnist.loader.loader import Loader
+
+__all__ = ["LOADERS", "FFCVLoader", "PlainDataLoader", "TensorLoader", "TunedDataLoader"]
+
+
+class TensorLoader(Baseline):
+    """All images as one tensor on the device; a batch is its rows at a part of the epoch's permutation.
+
+    Args:
+        data, batch_size, common: as for `Loader`, without `dtype` and `augment`.
+
+    Yields:
+        images uint8: the batches of `Loader`, in the same order.
+    """
+
+    def __init__(self, data: Data, batch_size: int = 512, **common: Any) -> None:
+        super().__init__(data, batch_size, **common)
+        images, labels = self._copy()
+        self._images, self._labels = images.to(self.device), labels.to(self.device)
+
+    def _run(self, epoch: int, first: int) -> Generator[Batch]:
+        positions = torch.from_numpy(self._positions(epoch, first)).to(self.device)
+        for at in range(0, len(positions), self.batch_size):
+            chosen = positions[at : at + self.batch_size]
+            yield self._images.index_select(0, chosen).permute(0, 3, 1, 2), self._labels.index_select(0, chosen)
+
+    def close(self) -> None:
+        super().close()
+        self._images = self._labels = torch.empty(0, device="cpu")
+
+
+LOADERS: dict[str, type[EpochLoader]] = {
+    "ours": Loader,
+    "ffcv": FFCVLoader,
+    "dataloader": PlainDataLoader,
+    "tuned": TunedDataLoader,
+    "tensors": TensorLoader,
+}

@@ -1,0 +1,1 @@
+"""The compiled file: format, reader, writer."""

@@ -1,1 +1,0 @@
-"""The subcommands: parse, call, print. Nothing heavy is imported before one of them runs."""

@@ -1,0 +1,1 @@
+"""Compiled file to batches on the device."""

@@ -1,0 +1,329 @@
+"""What every loader has in common: which samples, in which order, in which batches, and where it stands."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from threading import get_ident
+from types import TracebackType
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+
+from fastmnist.beton.reader import Beton, Verify, open_again
+from fastmnist.errors import ConfigError, DataError, whole_number
+from fastmnist.loader.augment import Augmentation
+from fastmnist.loader.order import EpochOrder, Kind, Uneven, Window
+from fastmnist.system.host import pick_device, process_rank
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
+STATE_VERSION = 2
+AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
+
+
+class EpochLoader(ABC):
+    """Iterates over epochs of a compiled file, batch by batch; see `Loader` for the settings.
+
+    A subclass says how batches are made (`_batches`); order, ranks, subsets, states and refusals are here.
+
+    Attributes:
+        file: the open file. indices: (n,) int64, the samples that are iterated over.
+        device, dtype: of the batches. A float dtype means images that are augmented and normalised already.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str] | Beton,
+        batch_size: int = 512,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.uint8,
+        augment: Augmentation | None = None,
+        order: Literal["auto"] | Kind = "auto",
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        uneven: Uneven = "pad",
+        indices: Sequence[int] | np.ndarray | None = None,
+        verify: Verify = "size",
+    ) -> None:
+        batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES)}")
+        if augment is not None and dtype == torch.uint8:
+            raise ConfigError("augment makes values between the stored ones: it needs a float dtype, not torch.uint8")
+        check_choice("order", order, ("auto", *get_args(Kind)))
+        check_choice("uneven", uneven, get_args(Uneven))
+        self._owns_file = not isinstance(data, Beton)
+        self.file = data if isinstance(data, Beton) else Beton(data, verify)
+        self.file.check_unchanged()
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.device, self.dtype, self.augment = pick_device(device), dtype, augment
+        self.indices = self._checked_indices(indices)
+        self._all = indices is None
+        self._settle()
+        self.order: Kind = self._choose_order(shuffle) if order == "auto" else order
+        self.rank, self.world_size = process_rank(rank, world_size)
+        self._epoch_order = EpochOrder(
+            len(self.indices),
+            self.order,
+            seed,
+            self._pages() if self.order == "quasi_random" else None,
+            self.rank,
+            self.world_size,
+            uneven,
+        )
+        if not len(self._epoch_order):
+            raise ConfigError(
+                f"{len(self.indices)} samples cannot be dealt to {self.world_size} processes; take uneven='pad'"
+            )
+        self._next = (0, 0)  # (epoch, batch) that the next loop starts with
+        self._state = (0, 0)  # the first batch that has not been handed out
+        self._closed = False
+        self._current: weakref.ref[_Epoch] | None = None
+
+    def _checked_indices(self, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        if indices is None:
+            return np.arange(len(self.file))
+        chosen = np.array(indices)  # a copy: the kernels rely on what is checked here
+        if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
+            raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask say np.flatnonzero(mask)")
+        chosen = chosen.astype(np.int64)
+        if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(self.file):
+            raise ConfigError(
+                f"indices must be a list of at least one sample, each 0 to {len(self.file) - 1}; "
+                f"got shape {chosen.shape}, values {chosen.min(initial=0)} to {chosen.max(initial=0)}"
+            )
+        return chosen
+
+    def _settle(self) -> None:  # noqa: B027  # most have nothing to settle
+        """Chooses what the order may depend on, once device and samples are known."""
+
+    def _choose_order(self, shuffle: bool) -> Kind:
+        return "random" if shuffle else "sequential"
+
+    def _pages(self) -> np.ndarray:
+        offsets = self.file.offsets if self._all else self.file.offsets[self.indices]
+        return (offsets // self.file.page_size).astype(np.int32)
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether the file is read while it iterates; not when the loader holds a copy."""
+        return True
+
+    @abstractmethod
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of that epoch from number `first` on; `_samples` has the order."""
+
+    def _samples(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
+        """(n,) int64: the samples of an epoch in this process's order; and the pages of the file that they are on."""
+        positions, windows = self._epoch_order.with_windows(epoch)
+        return (positions if self._all else self.indices[positions]), windows
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        full, rest = divmod(len(self._epoch_order), self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    @property
+    def _taken(self) -> int:
+        """Samples per epoch that are in some batch."""
+        return min(len(self) * self.batch_size, len(self._epoch_order))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._begin(1)
+
+    def chunks(self, count: int) -> Iterator[Batch]:
+        """As a loop over the loader, with up to `count` batches as one: images (n, C, H, W) and labels (n,)."""
+        return self._begin(count)
+
+    def _chunks(self, epoch: int, first: int, count: int) -> Iterator[Batch]:
+        batches = self._batches(epoch, first)
+        while together := list(islice(batches, count)):
+            images, labels = zip(*together, strict=True)
+            yield torch.cat(images), torch.cat(labels)
+
+    def _begin(self, count: int) -> Iterator[Batch]:
+        self._check_open()
+        if self._current is not None and (running := self._current()) is not None:
+            running.check_thread()
+        if self.needs_file:
+            self.file.check_unchanged()
+        self._part_from_running()
+        epoch, batch = self._next
+        self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
+        self._next = (epoch + 1, 0)
+        started = _Epoch(self, epoch, batch, count)
+        self._current = weakref.ref(started)
+        return started
+
+    def epoch_indices(self, epoch: int) -> np.ndarray:
+        """(n,) int64: the samples of that epoch as this process hands them out."""
+        return self._samples(epoch)[0][: self._taken]
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next loop runs through this epoch, from its first batch.
+
+        A loop that is under way goes on with its own batches, and no longer moves the loader's position.
+        """
+        self.seek(whole_number("epoch", epoch), 0)
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """The next loop begins with this batch of this epoch; one that is under way as after `set_epoch`."""
+        self._part_from_running()
+        self._next = self._state = (epoch, batch)
+
+    def _part_from_running(self) -> None:
+        if self._current is not None and (running := self._current()) is not None:
+            running.leads = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the first batch that has not been handed out."""
+        return self._state[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, as plain values: the first batch that has not been handed out yet."""
+        return {"version": STATE_VERSION, "epoch": self._state[0], "batch": self._state[1]} | self._identity()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a position to mean the same batch."""
+        moves = self.augment and [self.augment.shift, self.augment.rotation, self.augment.scale]
+        return {
+            "seed": self.seed,
+            "order": self.order,
+            "batch_size": self.batch_size,
+            "drop_last": self.drop_last,
+            "world_size": self.world_size,
+            "uneven": self._epoch_order.uneven,
+            "augment": moves,
+            "samples": len(self.indices),
+            "indices": f"{zlib.crc32(self.indices.data):08x}",
+            "file": self.file.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next loop goes on with the batch that `state` names; one that is under way as after `set_epoch`.
+
+        Raises:
+            DataError: the state is of another file or of other settings; both values are named.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise DataError(f"the loader's state has version {state.get('version')}; {STATE_VERSION} is needed")
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise DataError(
+                    f"the loader's state was taken with {key} {state.get(key)}, this loader has {here}; "
+                    f"open {self.file.path} with the settings of then, or begin anew"
+                )
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch < max(len(self), 1)):
+            raise DataError(
+                f"the loader's state names batch {batch} of epoch {epoch}; an epoch has {len(self)} batches"
+            )
+        self.seek(epoch, batch)
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that make such a loader again, but for the file."""
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "device": str(self.device),
+            "dtype": self.dtype,
+            "augment": self.augment,
+            "order": self.order,
+            "drop_last": self.drop_last,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "uneven": self._epoch_order.uneven,
+            "indices": None if self._all else self.indices,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process opens the file itself and goes on with the same batch."""
+        self._check_open()
+        return _made_again, (type(self), *self.file.identity(), self._settings(), self.state_dict())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"the loader of {self.file.path} is closed; make a new one")
+        if self.needs_file:
+            self.file.check_open()
+
+    def close(self) -> None:
+        """Lets go of memory and threads, closes the file if it was opened here. Batches that are held stay valid."""
+        self._closed = True
+        if self._owns_file:
+            self.file.close()
+
+    def __enter__(self: AnyLoader) -> AnyLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Epoch(Iterator[Batch]):
+    """One epoch's batches, for one thread: what two would get could not be told, and where they stand neither."""
+
+    def __init__(self, loader: EpochLoader, epoch: int, first: int, together: int) -> None:
+        self._loader, self._epoch, self._number, self._count = loader, epoch, first, len(loader)
+        self._together = together
+        batches = loader._batches(epoch, first) if together == 1 else loader._chunks(epoch, first, together)
+        self._advance = batches.__next__
+        self._thread: threading.Thread | None = None  # the one that asks first
+        self._identifier = 0  # its
+        self._done = False
+        self.leads = True  # moves the loader's position; until another epoch begins, or the loader is sent elsewhere
+
+    def check_thread(self) -> None:
+        """Raises RuntimeError when another thread, which still lives, has begun with these batches."""
+        if not self._done and self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
+            raise RuntimeError(
+                "another thread is in the middle of an epoch of this loader; let it finish, or give each thread a "
+                "loader of its own (with rank and world_size to share the samples)"
+            )
+
+    def __next__(self) -> Batch:
+        if self._identifier != get_ident():
+            self.check_thread()
+            self._thread, self._identifier = threading.current_thread(), get_ident()
+        loader = self._loader
+        if loader._closed or loader.file.closed:
+            loader._check_open()
+        try:
+            batch = self._advance()
+        except BaseException:
+            self._done = True
+            raise
+        self._number = number = self._number + self._together
+        if self.leads:
+            loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
+        return batch
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ConfigError naming what is allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{name} {value!r} is none of {', '.join(allowed)}")
+
+
+def _made_again(
+    kind: type[EpochLoader], path: Path, fingerprint: str, settings: dict[str, Any], state: dict[str, Any]
+) -> EpochLoader:
+    loader = kind(open_again(path, fingerprint), **settings)
+    loader._owns_file = True  # nobody else knows of it
+    loader.load_state_dict(state)
+    return loader

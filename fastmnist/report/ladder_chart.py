@@ -1,0 +1,135 @@
+"""The ladder as a table and as a picture: what each rung does to the seconds of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastmnist.report.style import INK, QUIET, RULE, TRAIN, VALIDATION, page, save, styled
+from fastmnist.system.environment import describe_hardware
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+HEADINGS = ("rung", "images/s", "seconds per epoch", "over the rung below", "test accuracy", "set-up")
+LEFT, RIGHT, BAR, BELOW = 2.3, 2.2, 0.42, 0.6  # inches
+NOTE = {"none": "no difference here", "slower": "slower here"}
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """A line for each rung that was not measured, or is no faster: why."""
+    found = []
+    for row in rows:
+        if "left_out" in row:
+            found.append(f"{row['name']}, left out: {row['left_out']}")
+        elif "error" in row:
+            found.append(f"{row['name']}, failed: {row['error']}")
+        elif row["effect"] in NOTE:
+            found.append(f"{row['name']}, {NOTE[row['effect']]}: {row['explanation']}")
+    return found
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """As HEADINGS name them, of a rung that was measured."""
+    rate, accuracy = row["images_per_second"], row["test_accuracy"]
+    over = "" if row["over_below"] is None else f"{row['over_below']:.2f}"
+    return (
+        row["name"],
+        f"{rate['median']:,.0f}" + (f" ({rate['min']:,.0f} to {rate['max']:,.0f})" if row["n"] > 1 else ""),
+        f"{row['seconds_per_epoch']:.3g}",
+        over,
+        f"{100 * accuracy['mean']:.2f} %" + (f" ± {100 * accuracy['stdev']:.2f}" if row["n"] > 1 else ""),
+        f"{row['compile_seconds']:.1f} s",
+    )
+
+
+def ladder_table(rows: Sequence[Row]) -> Table:
+    """The rungs that were measured; `notes` has the others."""
+    from rich.table import Table
+
+    table = Table(*HEADINGS)
+    for row in rows:
+        if "images_per_second" in row:
+            table.add_row(*cells(row))
+    return table
+
+
+def ladder_markdown(found: Mapping[str, Any]) -> str:
+    """The same for a page, and where it comes from."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | --- | ---: | ---: |"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"] if "images_per_second" in row]
+    said = [f"- {line}" for line in notes(found["rows"])]
+    return "\n".join([*lines, "", *said, *([""] if said else []), _origin(found)]) + "\n"
+
+
+def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Draws seconds per epoch, rung under rung; each bar hangs from the one above it.
+
+    Args:
+        found: `Ladder.to_dict()`. paths: to write, .png or .svg.
+
+    Raises:
+        FastmnistError: a file cannot be written.
+    """
+    rows = found["rows"]
+    measured = [row for row in rows if "seconds_per_epoch" in row]
+    longest = max(row["seconds_per_epoch"] for row in measured)
+    heading = _heading(measured)
+    with styled():
+        figure, axes = page(
+            heading, _origin(found), [], left=LEFT, right=RIGHT, height=BAR * len(rows) + 0.2, below=BELOW
+        )
+        before: float | None = None
+        below: Row | None = None
+        for at, row in enumerate(rows):
+            if "seconds_per_epoch" not in row:
+                text = f"left out: {row['left_out']}" if "left_out" in row else "failed, see below the table"
+                axes.text(longest * 0.01, at, text, va="center", fontsize=9, color=QUIET)
+                continue
+            seconds = row["seconds_per_epoch"]
+            axes.barh(at, seconds, height=0.62, color=TRAIN, zorder=2)
+            if before is not None:
+                saved = before - seconds
+                colour = RULE if saved >= 0 else VALIDATION
+                axes.barh(at, abs(saved), left=min(before, seconds), height=0.62, color=colour, zorder=2)
+            label = f"{seconds:.3g} s"
+            if row["effect"] == "faster":
+                label += f", {row['over_below']:.2f} times as fast"
+            elif row["effect"] is not None:
+                label += f", {NOTE[row['effect']]}"
+            if below is not None and more_accurate(row, below):
+                label = f"{seconds:.3g} s, {100 * row['test_accuracy']['mean']:.1f} % instead of "
+                label += f"{100 * below['test_accuracy']['mean']:.1f} % right"
+            axes.text(max(seconds, before or 0) + longest * 0.012, at, label, va="center", fontsize=9, color=INK)
+            before, below = seconds, row
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, longest)
+        axes.grid(visible=False, axis="y")
+        dataset = found["settings"]["dataset"]
+        axes.set_xlabel(f"seconds for one epoch of {dataset}; pale: what the rung saves, orange: what it costs")
+        for path in paths:
+            save(figure, path, heading)
+
+
+def more_accurate(row: Row, below: Row) -> bool:
+    """Whether the rung's mean accuracy is higher than that below by more than two standard deviations of either."""
+    found, before = row["test_accuracy"], below["test_accuracy"]
+    enough = min(row["n"], below["n"]) > 1
+    return bool(enough and found["mean"] - before["mean"] > 2 * max(found["stdev"], before["stdev"]))
+
+
+def _heading(measured: Sequence[Row]) -> str:
+    first, last = measured[0]["seconds_per_epoch"], measured[-1]["seconds_per_epoch"]
+    return f"From {first:.3g} s to {last:.3g} s per epoch: {first / last:.2g} times as fast"
+
+
+def _origin(found: Mapping[str, Any]) -> str:
+    settings = found["settings"]
+    several = f"medians of {settings['seeds']} seeds (accuracy: mean and standard deviation)"
+    return (
+        f"{settings['images']:,} training images per run, {several if settings['seeds'] > 1 else 'one seed'}; "
+        f"{describe_hardware(found['hardware'])}; torch {found['versions']['torch']}; {found['date'][:10]}."
+    )

@@ -1,0 +1,210 @@
+"""The comparison of loaders as a table: on a terminal and in Markdown, from the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from fastmnist.presets import SIGNIFICANCE
+from fastmnist.system.environment import describe_hardware
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+HEADINGS = (
+    "loader",
+    "images/s",
+    "times the plain DataLoader",
+    "share of the memory's limit",
+    "first batch",
+    "peak memory",
+)
+MEBI = 1 << 20
+
+
+def number(value: float) -> str:
+    """Three digits: 23.6 M, 947,000, 24,300, 12.1, 0.86."""
+    if value >= 999_500:
+        return f"{value / 1e6:.3g} M" if value < 999.5e6 else f"{value / 1e6:,.0f} M"
+    if value >= 999.5:
+        digits = len(str(int(value)))
+        return f"{round(value, 3 - digits):,.0f}"
+    return f"{value:.3g}"
+
+
+def with_interval(found: Row, write: Any = number) -> str:
+    """The median, and the interval behind it where there is more than one value."""
+    text = str(write(found["median"]))
+    return text if found["n"] < 2 else f"{text} ({write(found['low'])} to {write(found['high'])})"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+
+
+def _memory(value: float) -> str:
+    return f"{value / MEBI:,.0f} MiB"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line per loader that was measured, the fastest first, as HEADINGS name them."""
+    lines: list[tuple[str, ...]] = []
+    of_group = {(found["group"], found["name"]): found for found in rows if "error" not in found}
+    loaders = [found for (group, _), found in of_group.items() if group == "loader"]
+    for found in sorted(loaders, key=lambda row: -row["median"]):
+        first, memory = (of_group.get((group, found["name"])) for group in ("first batch", "peak memory"))
+        lines.append(
+            (
+                found["name"],
+                with_interval(found),
+                with_interval(found["over_plain"]) if "over_plain" in found else "",
+                with_interval(found["of_limit"], _percent) if "of_limit" in found and found["kind"] != "limit" else "",
+                with_interval(first, _seconds) if first else "",
+                with_interval(memory, _memory) if memory else "",
+            )
+        )
+    return lines
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What the table does not say: cold caches, what could not be measured, and where and how it was measured."""
+    notes = []
+    for found in rows:
+        if found["group"] == "first batch" and found.get("settings", {}).get("jit_cache") == "cold":
+            notes.append(
+                f"{found['name'].removesuffix(', cold')} without its cached machine code: first batch after "
+                f"{with_interval(found, _seconds)}."
+            )
+    notes += [f"{found['name']}: not measured: {found['error']}." for found in rows if "error" in found]
+    measured = next((found for found in rows if "error" not in found and found["group"] == "loader"), None)
+    if measured is not None:
+        versions = measured["versions"]
+        notes.append(
+            f"Medians of {measured['n']} turns with 95 % intervals, batch {measured['settings']['batch_size']}, "
+            f"{measured['images']:,} images of {measured['data']} on {measured['device']}; "
+            f"{describe_hardware(measured['hardware'])}; Python {versions['python']}, torch {versions['torch']}; "
+            f"{measured['date'][:10]}, commit {measured['commit'] or 'unknown'}."
+        )
+    return notes
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for at, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if at else "left", overflow="fold")
+    for line in cells(rows):
+        narrow = [escape(cell.replace(" (", "\n(")) for cell in line]  # for 80 columns
+        table.add_row(*narrow, style="bold" if line[0].startswith("fastmnist") else None)
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
+    return "\n".join([*lines, "", *footnotes(rows)]) + "\n"
+
+
+def search_table(found: Mapping[str, Any]) -> Table:
+    """The candidates of a search for the fastest settings, as `Tuning.to_dict` gives them."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for at, heading in enumerate(("settings", found["unit"], "n", "memory", "outcome")):
+        table.add_column(heading, justify="right" if 0 < at < 4 else "left", overflow="fold")
+    for line in found["candidates"]:
+        status = " · ".join(part for part in (line["status"], line["reason"]) if part)
+        memory = line.get("memory_bytes")
+        table.add_row(
+            escape(line["name"]),
+            with_interval(line) if "median" in line else "",
+            str(line.get("n", "")),
+            "" if memory is None else _memory(memory),
+            escape(f"chosen · {status}" if line["chosen"] else status),
+            style="bold" if line["chosen"] else None,
+        )
+    return table
+
+
+def time_table(rows: Sequence[Row]) -> str:
+    """The rows of benchmarks/time_to_accuracy.py as Markdown."""
+    lines = [
+        "| trained by | seeds | seconds of training | times the preset's | test accuracy |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for found in rows:
+        took = f"{found['median']:.3g} ({found['low']:.3g} to {found['high']:.3g})"
+        over = found["over_preset"]
+        times = (
+            "1"
+            if over["low"] == over["high"] == 1
+            else f"{over['median']:.2g} ({over['low']:.2g} to {over['high']:.2g})"
+        )
+        accuracies = [run["test_accuracy"] for run in found["runs"]]
+        spread = f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}"
+        n = found["n"]
+        lines.append(f"| {found['name']} | {n} | {took} | {times} | {found['test_accuracy_mean']:.2%} ({spread}) |")
+    first = rows[0]
+    lines += [
+        "",
+        f"Seconds: medians with their range; accuracies: means with theirs. "
+        f"{describe_hardware(first['hardware'])}; torch {first['versions']['torch']}; {first['date'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def gpu_table(found: Mapping[str, Any]) -> str:
+    """Accuracy and clocks of benchmarks/gpu_suite.py as Markdown."""
+    lines = [
+        "| trained by | seeds | test accuracy | above its target | training | MLPerf's clock | set-up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    sides = {f"{name} preset": run for name, run in found["presets"].items()}
+    for name, run in (sides | {"fast99 preset, not compiled": found["graph"]}).items():
+        passes = "PASS" if run["p_value"] < SIGNIFICANCE else "MISS"
+        lines.append(
+            f"| {name} | {run['n']} | {run['test_accuracy_mean']:.3%} ± {run['test_accuracy_stdev']:.3%} | "
+            f"{run['target']:.1%}: {passes}, p = {run['p_value']:.2g} | {run['train_seconds_mean']:.3f} s | "
+            f"{run['mlperf_seconds_mean']:.3f} s | {run['compile_seconds']:.1f} s |"
+        )
+    published = found["small CNN"]
+    accuracies, training, mlperf = (
+        [run[name] for run in published["runs"]] for name in ("test_accuracy", "train_seconds", "mlperf_seconds")
+    )
+    lines.append(
+        f"| published small CNN, here | {len(accuracies)} | {fmean(accuracies):.3%} ± {stdev(accuracies):.3%} | | "
+        f"{fmean(training):.3f} s | {fmean(mlperf):.3f} s | |"
+    )
+    hardware, versions = found["hardware"], found["versions"]
+    lines += [
+        "",
+        f"{hardware['gpu']} (driver {hardware['driver']}, {hardware['power_limit']}, {hardware['clock']}), "
+        f"{hardware['cores']} cores of the host; torch {versions['torch']}; {found['date'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def step_table(found: Mapping[str, Any]) -> str:
+    """The steps of benchmarks/gpu_suite.py as Markdown."""
+    lines = [
+        "| step of 256 images | milliseconds | kernels | GPU busy | of the bf16 matrix peak | set-up |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, step in found["steps"].items():
+        if isinstance(step, dict):
+            took, profile = step["milliseconds"], step["profile"]
+            lines.append(
+                f"| {name} | {took['median']:.3f} ({took['min']:.3f} to {took['max']:.3f}) | "
+                f"{profile['kernels']:.0f} | {profile['busy']:.0%} | {step['of_bf16_peak']['median']:.1%} | "
+                f"{step['set_up_seconds']:.1f} s |"
+            )
+    return "\n".join(lines) + "\n"

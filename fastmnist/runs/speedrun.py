@@ -1,0 +1,280 @@
+"""The same run with many seeds in one process: how long training takes, and how accurate it is, without luck."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psutil
+from scipy.stats import ttest_1samp
+
+from fastmnist.config import TrainConfig
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.loader.loader import Loader
+from fastmnist.presets import SIGNIFICANCE
+from fastmnist.system.environment import origin
+from fastmnist.system.interrupt import stop_on_ctrl_c
+from fastmnist.system.progress import Reporter, duration
+from fastmnist.system.statistics import row
+from fastmnist.training.loop import fastest_convolutions
+from fastmnist.training.session import Session
+
+POINTS = 10  # of the curve of accuracy over seconds
+NEVER = 2**31  # steps between two looks at the loss
+CLAIM_SEEDS = 20  # from which on an accuracy is claimed
+AGE_WHEN_IMPORTED = time.time() - psutil.Process().create_time()  # seconds of this process; its imports, mostly
+
+
+@dataclass(frozen=True)
+class Speedrun:
+    """What `speedrun` found.
+
+    runs: per seed test_accuracy (and test_accuracy_shifted, when asked for), data_seconds (from the open file to a
+        loader, on a GPU with all images there), train_seconds, evaluate_seconds, and all three as mlperf_seconds: from
+        the first touch of the data to the accuracy, without set-up, as MLPerf's training rules count. A run that
+        diverged has `error`, and the accuracy that guessing gives.
+    curve: of one more run with the first seed: train_seconds and test_accuracy along it.
+    setup: import_seconds, data_seconds, compile_seconds before the first run, and what it ran with.
+    """
+
+    runs: Sequence[dict[str, Any]]
+    curve: Sequence[dict[str, float]]
+    setup: dict[str, Any]
+    origin: dict[str, Any]
+    interrupted: bool
+    target: float | None = None
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [run["test_accuracy"] for run in self.runs]
+
+    @property
+    def p_value(self) -> float | None:
+        """Of a mean accuracy this far above the target by luck: Student's t-test, one-sided; None of fewer than 2."""
+        if self.target is None or len(self.runs) < 2:
+            return None
+        if len(set(self.accuracies)) == 1:  # no spread to test by, as where every run diverged
+            return float(self.accuracies[0] <= self.target)
+        return float(ttest_1samp(self.accuracies, self.target, alternative="greater").pvalue)
+
+    @property
+    def seconds(self) -> list[float]:
+        return [run["train_seconds"] for run in self.runs]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Accuracy and training seconds as the rows of a benchmark's result."""
+        settings = {name: self.setup[name] for name in ("preset", "command", "config")}
+        rows = [
+            row("speedrun", "test_accuracy", self.accuracies, "share", self.origin, settings),
+            row("speedrun", "train_seconds", self.seconds, "seconds", self.origin, settings),
+        ]
+        for found in rows:
+            found |= {"mean": statistics.fmean(found["values"]), "stdev": spread(found["values"])}
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "test_accuracy_mean": statistics.fmean(self.accuracies),
+            "test_accuracy_stdev": spread(self.accuracies),
+            "train_seconds_mean": statistics.fmean(self.seconds),
+            "train_seconds_stdev": spread(self.seconds),
+            "mlperf_seconds_mean": statistics.fmean(run["mlperf_seconds"] for run in self.runs),
+            "target": self.target,
+            "p_value": self.p_value,
+            "n": len(self.runs),
+            "interrupted": self.interrupted,
+            **self.setup,
+            "runs": list(self.runs),
+            "curve": list(self.curve),
+            "rows": self.rows(),
+            **self.origin,
+        }
+
+    def verdict(self) -> str:
+        """One sentence: accuracy, its spread, and the seconds."""
+        n = len(self.runs)
+        seeds = "1 seed" if n == 1 else f"{n} seeds"
+        lowest, highest = min(self.accuracies), max(self.accuracies)
+        claim, p = "", self.p_value
+        if self.target is not None and p is not None and n >= CLAIM_SEEDS:
+            claim = f"; {'PASS' if p < SIGNIFICANCE else 'MISS'}: more than {self.target:.1%}, p = {p:.2g}"
+        return (
+            f"{statistics.fmean(self.accuracies):.2%} test accuracy ({lowest:.2%} to {highest:.2%}) after "
+            f"{duration(statistics.fmean(self.seconds))} of training ({duration(min(self.seconds))} to "
+            f"{duration(max(self.seconds))}), mean of {seeds}{claim}"
+        )
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of a sample; 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def speedrun(
+    config: TrainConfig,
+    seeds: int = 20,
+    *,
+    preset: str = "none",
+    command: str = "",
+    curve: bool = True,
+    shifted: bool = False,
+    target: float | None = None,
+    enough: Callable[[int], bool] = lambda done: False,
+    reporter: Reporter | None = None,
+    progress: Callable[[str, float], None] = lambda text, share: None,
+) -> Speedrun:
+    """Trains `seeds` times, seeds config.seed and on, and evaluates each model on the test set, once.
+
+    The training clock of a seed begins with the data in place and the step compiled, and ends when the last step is
+    done. Setting up, compiling (once, for all seeds), data and evaluating have clocks of their own. Weights, optimizer
+    state, order and augmentation of a seed are those of `train` with that seed.
+
+    Args:
+        config: a run's settings; nothing is held out for validation unless val_size says so.
+        preset, command: named in the result.
+        curve: train the first seed once more, with the clock stopped now and then to look at the test set.
+        shifted: also average the probabilities of each test image over its shifts by a pixel.
+        target: the accuracy that was set before, for the test whether the mean is above it.
+        enough: asked after each seed with how many are done: whether to leave out the rest.
+        reporter: is told what is chosen. progress: of what is being done, and which share of all is.
+
+    Raises:
+        FastmnistError: as `train`. Ctrl-C ends it; what was measured by then is kept, if there is any.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    reporter = reporter or Reporter(quiet=True)
+    config = replace(config, log_every=NEVER, val_size=config.val_size or 0)
+    with Session(config, reporter) as session:
+        repeated = _Repeated(session)
+        reporter.say(repeated.describe())
+        setup = repeated.setup() | {"import_seconds": AGE_WHEN_IMPORTED, "preset": preset, "command": command}
+        return repeated.repeat(seeds, curve, shifted, target, enough, setup, reporter, progress)
+
+
+class _Repeated:
+    """One model and its recorded step, trained anew for each seed."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.config, self.trainer = session, session.config, session.trainer
+        begun = time.perf_counter()
+        self.mode, self.reason = session.set_up()
+        if session.device.type == "cuda":
+            self._evaluate(session.loaders.test)  # cuDNN looks for its algorithms now
+        self.compile_seconds = time.perf_counter() - begun
+        session.loaders.close()  # each seed has its own, and the GPU's memory holds one of them
+
+    def describe(self) -> str:
+        session, trainer = self.session, self.trainer
+        return (
+            f"{self.config.dataset}, {self.config.model}, {session.parameters:,} parameters; {trainer.steps:,} steps "
+            f"of {self.config.batch_size} images on {trainer.device}, mixed precision {session.precision.name}, "
+            f"compile {self.mode} ({self.reason})"
+        )
+
+    def setup(self) -> dict[str, Any]:
+        return {
+            "data_seconds": self.session.data_seconds,
+            "compile_seconds": self.compile_seconds,
+            "device": str(self.session.device),
+            "amp": self.session.precision.name,
+            "compile": self.mode,
+            "compile_reason": self.reason,
+            "dataset": self.config.dataset,
+            "parameters": self.session.parameters,
+            "steps": self.trainer.steps,
+            "train_images": len(self.trainer.loader.indices),
+            "test_images": len(self.session.files.test),
+            "config": self.config.recipe(),
+        }
+
+    def repeat(
+        self,
+        seeds: int,
+        curve: bool,
+        shifted: bool,
+        target: float | None,
+        enough: Callable[[int], bool],
+        setup: dict[str, Any],
+        reporter: Reporter,
+        progress: Callable[[str, float], None],
+    ) -> Speedrun:
+        first, count = self.config.seed, seeds + curve
+        runs: list[dict[str, Any]] = []
+        points: list[dict[str, float]] = []
+        interrupted = False
+        with stop_on_ctrl_c(reporter.say) as stop:
+            for number in range(seeds):
+                progress(f"seed {first + number}, {number + 1} of {seeds}", number / count)
+                found = self.run(first + number, shifted, stop)
+                if found is None:
+                    interrupted = True
+                    break
+                runs.append(found)
+                wrong = f", {found['error']}" if "error" in found else ""
+                accuracy, seconds = found["test_accuracy"], found["train_seconds"]
+                reporter.say(f"seed {found['seed']}: {accuracy:.2%} after {duration(seconds)}{wrong}")
+                if enough(len(runs)):
+                    break
+            if curve and not interrupted:
+                progress(f"accuracy over seconds, seed {first}", seeds / count)
+                points = self.curve(first, stop)
+        if not runs:
+            raise KeyboardInterrupt
+        return Speedrun(runs, points, setup, origin(self.session.device), interrupted, target)
+
+    def run(self, seed: int, shifted: bool, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """One seed; None when the user stopped it."""
+        trainer = self.trainer
+        model = self.session.make_model(seed)
+        begun = time.perf_counter()
+        loaders = self.session.make_loaders(seed)
+        trainer.synchronize()
+        found: dict[str, Any] = {"seed": seed, "data_seconds": time.perf_counter() - begun, "evaluate_seconds": 0.0}
+        trainer.begin_again(model, loaders.train)
+        with closing(loaders):
+            try:
+                while trainer.step < trainer.steps:
+                    if trainer.run_epoch(stop=stop) is None:
+                        return None
+            except FastmnistError as error:  # the loss is no longer finite
+                found |= {"error": str(error), "test_accuracy": 1 / len(self.session.files.test.class_names)}
+            else:
+                begun = time.perf_counter()
+                found["test_accuracy"] = self._evaluate(loaders.test)
+                found["evaluate_seconds"] = time.perf_counter() - begun
+                if shifted:
+                    found["test_accuracy_shifted"] = self._evaluate(loaders.test, shifted=True)
+        found["train_seconds"] = trainer.seconds
+        found["mlperf_seconds"] = sum(found[f"{clock}_seconds"] for clock in ("data", "train", "evaluate"))
+        return found
+
+    @fastest_convolutions
+    def _evaluate(self, loader: Loader, *, shifted: bool = False) -> float:
+        return self.session.evaluate(loader, shifted=shifted).accuracy
+
+    def curve(self, seed: int, stop: Callable[[], bool]) -> list[dict[str, float]]:
+        """Accuracy on the test set along one run, with the clock stopped; empty when it diverges or is stopped."""
+        trainer = self.trainer
+        points: list[dict[str, float]] = []
+        looks = {int(step) for step in np.linspace(0, trainer.steps, POINTS + 1).round()[1:]}
+        loaders = self.session.make_loaders(seed)
+        try:
+            trainer.begin_again(self.session.make_model(seed), loaders.train)
+            while trainer.step < trainer.steps:
+                trainer.run_epoch(stop=lambda: trainer.step in looks or stop())
+                if stop():
+                    return []
+                if trainer.step in looks:
+                    accuracy = self._evaluate(loaders.test)
+                    points.append({"train_seconds": trainer.seconds, "test_accuracy": accuracy})
+        except FastmnistError:
+            return []
+        finally:
+            loaders.close()
+        return points

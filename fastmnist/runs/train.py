@@ -1,0 +1,423 @@
+"""A whole run, from a dataset's name to a folder with a trained model and what it can do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmnist.config import TrainConfig, checked_settings, flag, without_void
+from fastmnist.errors import ConfigError, DataError, FastmnistError
+from fastmnist.loader.loader import Loader
+from fastmnist.runs.tensorboard import summary_writer, tensorboard_events
+from fastmnist.system.environment import hardware, tuned_on, versions
+from fastmnist.system.interrupt import stop_on_ctrl_c
+from fastmnist.system.progress import Reporter, duration
+from fastmnist.training.checkpoint import (
+    CHECKPOINT,
+    Checkpoints,
+    ModelCard,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from fastmnist.training.evaluate import Evaluation, StopRequested
+from fastmnist.training.loop import Record
+from fastmnist.training.precision import Precision, choose_precision, keep_precision
+from fastmnist.training.run_folder import CONFIG, RunFolder
+from fastmnist.training.session import Session
+
+
+@dataclass
+class Clocks:
+    """Seconds of each part of a run."""
+
+    compile: float = 0.0
+    evaluate: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - begun)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` gives back: the run's folder and what its summary.json says."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.summary["interrupted"])
+
+
+def train(config: TrainConfig, *, reporter: Reporter | None = None, started: float | None = None) -> TrainResult:
+    """Compiles the data where needed, trains, evaluates on the test set once, draws, and writes the run's folder.
+
+    Args:
+        config: all settings.
+        reporter: where progress goes; by default standard output.
+        started: time.perf_counter() at which the total clock began; by default now.
+
+    Raises:
+        FastmnistError: bad data, a setting that cannot work, a loss that is no longer finite, a folder or disk that
+            cannot be written. Ctrl-C raises nothing: it ends the run with `interrupted` in the summary.
+    """
+    return _Run(config, reporter or Reporter(config.quiet), started).execute(None)
+
+
+def resume(
+    folder: str | Path,
+    given: dict[str, Any] | None = None,
+    *,
+    reporter: Reporter | None = None,
+    started: float | None = None,
+) -> TrainResult:
+    """Goes on with a run that was stopped, at its exact next batch.
+
+    Args:
+        folder: the run's folder.
+        given: settings that must be those of the run; any other value is refused.
+
+    Raises:
+        FastmnistError: as `train`; also when the run is complete, another process is writing it, or its data or its
+            settings have changed.
+    """
+    run = RunFolder(Path(folder))
+    if any((run.path / name).exists() for name in (CONFIG, CHECKPOINT)):
+        try:
+            run.claim()
+        except OSError as error:
+            raise FastmnistError(f"{run.path}: cannot be written: {error.strerror or error}") from error
+    try:
+        return _resume_claimed(run, given or {}, reporter, started)
+    finally:
+        run.release()
+
+
+def _resume_claimed(
+    run: RunFolder, given: dict[str, Any], reporter: Reporter | None, started: float | None
+) -> TrainResult:
+    if (run.path / CONFIG).exists() and not (run.path / CHECKPOINT).exists():
+        raise DataError(
+            f"{run.path}: this run was stopped at step 0, before its first checkpoint: there is config.yaml, and "
+            f"nothing to go on from; fastmnist train --config {run.path / CONFIG} begins it again, in a new folder"
+        )
+    content, state = load_checkpoint(run.path)
+    saved = without_void(checked_settings(content, f"{run.path / CHECKPOINT}: "))
+    in_file = without_void(run.read_config())
+    for source, values, names in (
+        (f"{run.path / CONFIG} has", in_file, sorted(saved.keys() | in_file.keys())),
+        ("the command line has", given, sorted(given)),
+    ):
+        for name in names:
+            before, now = (mapping.get(name, "nothing") for mapping in (saved, values))
+            if before != now:
+                raise ConfigError(
+                    f"{run.path} was trained with {flag(name)} {before}, {source} {now}; "
+                    "a resumed run keeps its settings: take the change back, or begin a new run"
+                )
+    config = TrainConfig(**saved)
+    summary = run.read_summary()
+    if summary.get("interrupted") is False:
+        raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
+    return _Run(config, reporter or Reporter(config.quiet), started).execute(
+        (run, {"amp": _begun(summary, state)} | state)
+    )
+
+
+def _begun(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """The precision of a run whose checkpoint is too old to name it, as far as it is known."""
+    scaler = state.get("scaler")
+    return "fp16" if isinstance(scaler, dict) and scaler else summary.get("amp")
+
+
+class _Run:
+    """One call of `train` or `resume`, in its order."""
+
+    def __init__(self, config: TrainConfig, reporter: Reporter, started: float | None) -> None:
+        self.config, self.reporter = config, reporter
+        self.clocks = Clocks() if started is None else Clocks(started=started)
+
+    def execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
+        if self.config.tensorboard:
+            summary_writer()  # says at once when it is not there
+        with Session(
+            self.config,
+            self.reporter,
+            precision=lambda device: self._choose_precision(device, resumed),
+            resumed=resumed is not None,
+        ) as self.session:
+            return self._execute(resumed)
+
+    def _execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
+        session = self.session
+        self.config, self.files, self.loaders, self.trainer = (
+            session.config,
+            session.files,
+            session.loaders,
+            session.trainer,
+        )
+        self._compare_with_tuning()
+        self.card = self._make_card()
+        self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
+        self.records: list[Record] = []
+        if resumed is None:
+            self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
+            self.config = replace(self.config, out=None)  # run again, it takes a new folder
+        else:
+            self.folder = resumed[0]
+        try:
+            if resumed is None:
+                self.folder.write_config(self.config)
+            else:
+                self._load(resumed[1])
+            self._announce()
+            self._set_up_compile()
+            return self._train()
+        except BaseException:
+            if resumed is None and not (self.folder.path / CHECKPOINT).exists():
+                self.folder.discard()  # nothing in it could be gone on from
+            raise
+        finally:
+            self.folder.release()
+
+    def _choose_precision(self, device: torch.device, resumed: tuple[RunFolder, dict[str, Any]] | None) -> Precision:
+        """A run that goes on keeps its precision, whatever would be chosen on this device."""
+        amp = None if resumed is None else resumed[1]["amp"]
+        if resumed is None or (amp is None and self.config.amp != "auto"):
+            return choose_precision(self.config.amp, device)
+        if amp is not None:
+            if not isinstance(amp, str) or amp not in ("off", "bf16", "fp16"):
+                raise DataError(f"{resumed[0].path / CHECKPOINT}: names a precision that there is not; restore it")
+            return keep_precision(amp, device)
+        chosen = choose_precision("auto", device)
+        if chosen.scaled:  # its gradients had no scaler
+            raise ConfigError(
+                f"{resumed[0].path} was begun with --amp bf16 or off, its checkpoint does not say which, and this "
+                "device has fp16: resume it where it was begun, or begin a new run"
+            )
+        return chosen
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self._check_test_file(state)
+            self.trainer.load_state_dict(state | {"amp": self.session.precision.name})
+        except DataError as error:
+            raise DataError(f"{self.folder.path / CHECKPOINT}: {error}; begin the run anew, or restore it") from error
+        self.records = self.folder.forget_after(self.trainer.step)
+
+    def _compare_with_tuning(self) -> None:
+        here = tuned_on(self.session.device, self.files.train.image_shape, str(self.config.dataset))
+        if self.config.tuned_on not in (None, here):
+            self.reporter.say(
+                f"Warning: the loader's settings were tuned on {self.config.tuned_on}; this is {here}. They work, but "
+                "others may be faster: fastmnist tune finds them."
+            )
+
+    def _make_card(self) -> ModelCard:
+        mean, std = self.files.train.moments
+        assert self.config.dataset is not None
+        return ModelCard(
+            model=self.config.model,
+            stem=self.config.stem,
+            dataset=self.config.dataset,
+            class_names=self.files.train.class_names,
+            image_shape=self.files.train.image_shape,
+            mean=mean,
+            std=std,
+        )
+
+    def _announce(self) -> None:
+        trainer, config = self.trainer, self.config
+        held_out = f" ({config.val_size:,} held out for validation)" if config.val_size else ""
+        epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:.3g} epochs"
+        self.reporter.say(
+            f"{config.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
+            f"images; {config.model}, {self.session.parameters:,} parameters; {epochs}, {trainer.steps:,} steps of "
+            f"{config.batch_size} images, on {trainer.device}"
+        )
+        self.reporter.say(f"mixed precision {self.session.precision.name}: {self.session.precision.reason}")
+
+    def _set_up_compile(self) -> None:
+        """Outside the training clock."""
+        with self.clocks.measure("compile"):
+            self.compile_mode, self.compile_reason = self.session.set_up()
+        self.reporter.say(f"compile {self.compile_mode}: {self.compile_reason}")
+
+    def _train(self) -> TrainResult:
+        with (
+            stop_on_ctrl_c(self.reporter.say) as stop,
+            Checkpoints(self.folder.path, self.config.to_dict(), self.folder.check) as self.checkpoints,
+            tensorboard_events(self.folder.path, self.config.tensorboard) as events,
+        ):
+            self.events = events
+            try:
+                done = self._epochs(stop)
+                evaluation = self._evaluate(self.loaders.test, stop) if done else None
+            except StopRequested:
+                evaluation = None
+            self.folder.check()
+            self.checkpoints.wait()
+            save_checkpoint(self.folder.path, self.config.to_dict(), self._state(), self.folder.check)
+            save_weights(self.folder.path, self.trainer.model, self.card)
+            summary = self._summary(evaluation)
+            self._draw(evaluation, summary)
+            summary["total_seconds"] = time.perf_counter() - self.clocks.started
+            self.folder.write_summary(summary)
+        self._conclude(summary)
+        return TrainResult(self.folder.path, summary)
+
+    def _epochs(self, stop: Callable[[], bool]) -> bool:
+        """All epochs that are left; False when the user stopped in between."""
+        trainer = self.trainer
+        finished = trainer.finished_epoch
+        if finished is not None and not self._knows(finished):  # its validation was interrupted
+            self._finish_epoch(trainer.epoch_record(finished), stop)
+        with self.reporter.training(len(trainer.rates), trainer.step, self.config.batch_size):
+            while trainer.step < trainer.steps:
+                record = trainer.run_epoch(
+                    stop=stop,
+                    on_log=self._log,
+                    on_tick=lambda record: self.reporter.show(record, self.epochs),
+                    after_step=self._keep_state,
+                )
+                if record is None:
+                    return False
+                self._finish_epoch(record, stop)
+                if stop():
+                    return False
+        return True
+
+    def _keep_state(self) -> None:
+        if self.checkpoints.due():
+            self.folder.check()
+            self.checkpoints.begin(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return self.trainer.state_dict() | {"test_file": self.files.test.fingerprint}
+
+    def _check_test_file(self, state: dict[str, Any]) -> None:
+        """The loader's state names the training file; the test file must be the same too."""
+        before, now = state.get("test_file"), self.files.test.fingerprint
+        if before != now:
+            raise DataError(
+                f"{self.files.test.path}: the run was begun with test file {before}, this is {now}; "
+                "put the data of then back, or begin a new run"
+            )
+
+    def _knows(self, epoch: int) -> bool:
+        return any(record["kind"] == "epoch" and record["epoch"] == epoch for record in self.records)
+
+    def _log(self, record: Record) -> None:
+        self._keep(record)
+        self.reporter.show(record, self.epochs)
+
+    def _finish_epoch(self, record: Record, stop: Callable[[], bool]) -> None:
+        if self.loaders.validation is not None:
+            validation = self._evaluate(self.loaders.validation, stop)
+            record |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
+        self._keep(record)
+        self.reporter.epoch(record, self.epochs)
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        self.folder.append(record)
+        if self.events is not None:
+            prefix = "" if record["kind"] == "epoch" else "step/"
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.events.add_scalar(prefix + name, value, record["step"])
+
+    def _evaluate(self, loader: Loader, stop: Callable[[], bool]) -> Evaluation:
+        with self.clocks.measure("evaluate"):
+            return self.session.evaluate(loader, stop=stop)
+
+    def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        trainer, config = self.trainer, self.config
+        validated = [r["val_accuracy"] for r in self.records if r.get("val_accuracy") is not None]
+        return {
+            "test_accuracy": evaluation and evaluation.accuracy,
+            "val_accuracy": validated[-1] if validated else None,
+            "test_loss": evaluation and evaluation.loss,
+            "train_seconds": trainer.seconds,
+            "compile_seconds": self.clocks.compile,
+            "data_seconds": self.session.data_seconds,
+            "evaluate_seconds": self.clocks.evaluate,
+            "total_seconds": time.perf_counter() - self.clocks.started,
+            "images_per_second": trainer.images_per_second,
+            "device": str(trainer.device),
+            "amp": self.session.precision.name,
+            "compile": self.compile_mode,
+            "compile_reason": self.compile_reason,
+            "loader": config.loader,
+            "dataset": config.dataset,
+            "data_note": self.files.note,
+            "train_images": len(self.loaders.train.indices),
+            "val_images": config.val_size,
+            "test_images": len(self.files.test),
+            "steps": trainer.step,
+            "epochs": config.epochs,
+            "epochs_done": trainer.step / len(trainer.loader),
+            "interrupted": evaluation is None,
+            "seed": config.seed,
+            "model": config.model,
+            "parameters": self.session.parameters,
+            "versions": versions(),
+            "hardware": hardware(trainer.device),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+
+    def _draw(self, evaluation: Evaluation | None, summary: dict[str, Any]) -> None:
+        from fastmnist.report.curves import plot_curves
+        from fastmnist.report.html import write_report
+        from fastmnist.report.plots import plot_confusion, plot_predictions
+
+        folder, names = self.folder.path, self.files.train.class_names
+        pictures = {}
+        if self.records:
+            pictures["curves"] = folder / "curves.png"
+            plot_curves(self.records, pictures["curves"])
+        if evaluation is not None:
+            pictures |= {name: folder / f"{name}.png" for name in ("confusion", "predictions")}
+            subject = f"{summary['dataset']}, {len(self.files.test):,} test images"
+            plot_confusion(evaluation.confusion(), names, pictures["confusion"], subject=subject)
+            images = self.files.test.images(np.arange(len(self.files.test)))
+            plot_predictions(images, evaluation.labels, evaluation.probabilities, names, pictures["predictions"])
+        write_report(
+            folder / "report.html",
+            summary=summary,
+            config=self.config.to_dict(),
+            records=self.records,
+            pictures=pictures,
+        )
+
+    def _conclude(self, summary: dict[str, Any]) -> None:
+        path = self.folder.path
+        if summary["interrupted"]:
+            self.reporter.result(
+                f"Stopped after step {summary['steps']} of {len(self.trainer.rates)}; "
+                f"fastmnist train --resume {path} goes on from there."
+            )
+            return
+        wrong = round((1 - summary["test_accuracy"]) * summary["test_images"])
+        self.reporter.result(
+            f"Test accuracy {summary['test_accuracy']:.2%} ({wrong:,} of {summary['test_images']:,} wrong) on "
+            f"{summary['dataset']} after {duration(summary['train_seconds'])} of training at "
+            f"{summary['images_per_second']:,.0f} images/s; {duration(summary['total_seconds'])} in all."
+        )
+        self.reporter.result(f"{path / 'report.html'} shows it.")

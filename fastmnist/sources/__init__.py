@@ -1,0 +1,1 @@
+"""Where images come from: IDX files, downloads, embedded digits."""

@@ -1,0 +1,261 @@
+"""Where images come from: a folder of IDX files, torchvision's download, or the digits that scikit-learn bundles."""
+
+from __future__ import annotations
+
+import socket
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastmnist.beton.writer import ArrayStream, ImageStream
+from fastmnist.errors import DataError
+from fastmnist.sources.idx import IdxFile
+
+DIGITS = tuple(string.digits)
+LETTERS = tuple(string.ascii_uppercase)
+# In "balanced" and "bymerge" the lower-case letters that look like their capitals are counted as those.
+MERGED = DIGITS + LETTERS + tuple("abdefghnqrt")
+FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+
+SPLITS = ("train", "test")
+DIGITS_TEST_SHARE = 0.2
+DIGITS_SEED = 0
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A member of the MNIST family: its classes, and what its files and torchvision's class are called.
+
+    files: for each split the names of the image and the label file, without .gz. first_label: the number that stands
+    for the first class in the label file. transposed: images lie on their side in the file and are put upright.
+    torchvision_options: for each of the calls that it takes to download all files.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    torchvision: str
+    files: dict[str, tuple[str, str]]
+    torchvision_options: tuple[dict[str, str], ...] = ({},)
+    first_label: int = 0
+    transposed: bool = False
+
+
+def _plain(name: str, class_names: tuple[str, ...], torchvision: str) -> Dataset:
+    files = {
+        split: (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        for split, prefix in (("train", "train"), ("test", "t10k"))
+    }
+    return Dataset(name, class_names, torchvision, files)
+
+
+def _emnist(split: str, class_names: tuple[str, ...]) -> Dataset:
+    files = {
+        part: (f"emnist-{split}-{part}-images-idx3-ubyte", f"emnist-{split}-{part}-labels-idx1-ubyte")
+        for part in SPLITS
+    }
+    first = 1 if split == "letters" else 0
+    return Dataset(f"emnist-{split}", class_names, "EMNIST", files, ({"split": split},), first, transposed=True)
+
+
+_QMNIST_FILES = {part: (f"qmnist-{part}-images-idx3-ubyte", f"qmnist-{part}-labels-idx2-int") for part in SPLITS}
+
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        _plain("mnist", DIGITS, "MNIST"),
+        _plain("fashion", FASHION, "FashionMNIST"),
+        _plain("kmnist", KUZUSHIJI, "KMNIST"),
+        Dataset("qmnist", DIGITS, "QMNIST", _QMNIST_FILES, ({"what": "train"}, {"what": "test"})),
+        _emnist("byclass", DIGITS + LETTERS + tuple(string.ascii_lowercase)),
+        _emnist("bymerge", MERGED),
+        _emnist("balanced", MERGED),
+        _emnist("letters", LETTERS),
+        _emnist("digits", DIGITS),
+        _emnist("mnist", DIGITS),
+    )
+}
+NAMES = (*DATASETS, "digits")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a dataset, ready to be compiled: labels (N,) int64, images as a stream, and who they are."""
+
+    dataset: str
+    split: str
+    class_names: tuple[str, ...]
+    images: ImageStream
+    labels: np.ndarray
+    fingerprint: str
+
+
+def check_name(name: str) -> str:
+    """Returns `name`; raises DataError with the names there are when it is none of them."""
+    if name not in NAMES:
+        raise DataError(f"unknown dataset {name!r}; there are {', '.join(NAMES)}")
+    return name
+
+
+class _IdxImages:
+    """The images of an IDX file as a stream, put upright where the dataset has them on their side."""
+
+    def __init__(self, file: IdxFile, transposed: bool) -> None:
+        self.file, self.transposed = file, transposed
+        count, height, width = file.shape
+        self.shape = (count, width, height) if transposed else (count, height, width)
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        for block in self.file.blocks(rows):
+            yield block.transpose(0, 2, 1) if self.transposed else block
+
+
+def folder_of(name: str, folder: Path) -> Path | None:
+    """The folder at or below `folder` that holds the IDX files of `name`; None where there are none.
+
+    Looked at in turn: the folder itself, its `raw`, and torchvision's layout (`MNIST/raw` and so on).
+    """
+    dataset = DATASETS[name]
+    for candidate in (folder, folder / "raw", folder / dataset.torchvision / "raw"):
+        if any(_find(candidate, stem) for names in dataset.files.values() for stem in names):
+            return candidate
+    return None
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    dotted = stem.replace("-idx", ".idx")  # as some copies have it
+    for file in (stem, f"{stem}.gz", dotted, f"{dotted}.gz"):
+        if (folder / file).is_file():
+            return folder / file
+    return None
+
+
+def from_folder(name: str, split: str, folder: Path) -> Source:
+    """The split of `name` from the IDX files in `folder` (see `folder_of`).
+
+    Raises:
+        DataError: the folder or a file is missing, or a file is not what its name and header claim.
+    """
+    dataset = DATASETS[check_name(name)]
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; --data-dir names one that holds the IDX files of {name}")
+    place = folder_of(name, folder) or folder
+    paths = []
+    for stem in dataset.files[split]:
+        path = _find(place, stem)
+        if path is None:
+            raise DataError(
+                f"{place}: {stem}(.gz) is not there; --data-dir names a folder that holds the IDX files of {name}"
+            )
+        paths.append(path)
+    images = IdxFile(paths[0], "u1", 3)
+    qmnist = name == "qmnist"  # eight int32 columns, the first of them the class
+    labels_file = IdxFile(paths[1], ">i4", 2) if qmnist else IdxFile(paths[1], "u1", 1)
+    if images.shape[0] != labels_file.shape[0]:
+        raise DataError(
+            f"{paths[0]} has {images.shape[0]:,} images and {paths[1]} has {labels_file.shape[0]:,} labels; "
+            "they do not belong together"
+        )
+    labels = labels_file.read()[:, 0] if qmnist else labels_file.read()
+    return Source(
+        name,
+        split,
+        dataset.class_names,
+        _IdxImages(images, dataset.transposed),
+        _checked_labels(labels, dataset, paths[1]),
+        f"{name} {split}: images {images.checksum()}, labels {labels_file.checksum()}",
+    )
+
+
+def _checked_labels(labels: np.ndarray, dataset: Dataset, path: Path) -> np.ndarray:
+    first, last = dataset.first_label, dataset.first_label + len(dataset.class_names) - 1
+    wrong = np.flatnonzero((labels < first) | (labels > last))
+    if len(wrong):
+        at = int(wrong[0])
+        raise DataError(
+            f"{path}: label {labels[at]} of sample {at} is out of range; {dataset.name} has {first} to {last}"
+        )
+    return labels.astype(np.int64) - first
+
+
+def download(name: str, folder: Path) -> Path:
+    """Fetches `name` with torchvision, which checks the files' checksums, and returns the folder that holds them.
+
+    Raises:
+        DataError: there is no network, or the mirrors do not answer; the message tells the way out.
+    """
+    from torchvision import datasets
+
+    dataset = DATASETS[check_name(name)]
+    found = folder_of(name, folder)
+    if found is not None and all(_find(found, stem) for names in dataset.files.values() for stem in names):
+        return found  # anything less is what an interrupted download left
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for options in dataset.torchvision_options:
+            getattr(datasets, dataset.torchvision)(str(folder), download=True, **options)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{name} could not be downloaded ({reason}); with the IDX files at hand give --data-dir FOLDER, "
+            "or train without a network with --dataset digits"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return folder_of(name, folder) or folder
+
+
+def digits(split: str) -> Source:
+    """The 1,797 handwritten digits that scikit-learn bundles (E. Alpaydin, C. Kaynak, UCI 1998), at 28x28.
+
+    Their 8x8 pixels of 0 to 16 are scaled to the 20x20 box that MNIST's digits stand in. A fifth, stratified by
+    class, is the test split.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    small = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    images = np.zeros((len(small), 28, 28), np.uint8)
+    for image, eight in zip(images, small, strict=True):
+        image[4:24, 4:24] = np.asarray(Image.fromarray(eight).resize((20, 20), Image.Resampling.BICUBIC))
+    parts = train_test_split(
+        np.arange(len(images)),
+        test_size=DIGITS_TEST_SHARE,
+        stratify=bunch.target,
+        random_state=DIGITS_SEED,
+    )
+    chosen = np.sort(parts[SPLITS.index(split)])
+    return Source(
+        "digits",
+        split,
+        DIGITS,
+        ArrayStream(images[chosen]),
+        bunch.target[chosen].astype(np.int64),
+        f"digits {split}: scikit-learn, {len(chosen)} of {len(images)}",
+    )
+
+
+def open_source(name: str, split: str, folder: Callable[[], Path]) -> Source:
+    """The split of any dataset by name; `folder` is asked for the IDX files' folder when they are needed."""
+    if check_name(name) == "digits":
+        return digits(split)
+    return from_folder(name, split, folder())

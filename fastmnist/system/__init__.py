@@ -1,0 +1,1 @@
+"""What everything else stands on: console progress, statistics, the machine and its devices."""

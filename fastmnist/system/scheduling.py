@@ -1,0 +1,249 @@
+"""How many cores there are, how long threads waited for one, and how often a control group was stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from joblib import cpu_count
+
+from fastmnist.system import host
+from fastmnist.system.statistics import Summary
+
+PROCESSES, PROCESSORS = Path("/proc"), Path("/sys/devices/system/cpu")
+NANOSECONDS = 1e-9
+ThreadTimes = dict[tuple[int, int], tuple[int, int]]
+
+# Loops of two threads on two cores lost 0.002 to 0.007 of their steps waiting for a core (medians of runs) when they
+# were alone, up to 0.15 beside processes that took half a core, 0.28 to 0.55 beside one that took a whole core.
+LOST_LEAST = 0.2
+STOPPED_LEAST = 0.25  # of the periods of a CPU limit; chosen, not measured
+# Loops that computed without a pause got 0.9 to 1.0 of their cores when alone and 0.5 beside two busy processes.
+ALL_CORES = 0.85  # of the cores: nobody else takes much of them
+BUSY_LEAST = 0.7  # of its threads: they compute nearly all the time
+
+
+@dataclass(frozen=True)
+class CoreUse:
+    """What threads got of the cores that they wanted, over `seconds` of the clock; all in seconds.
+
+    ran, waited: the threads of this process, on a core and ready to run but without one.
+    workers: its child processes, and theirs, that wanted a core at all. workers_ran, workers_waited: their threads.
+    """
+
+    seconds: float
+    ran: float
+    waited: float
+    workers: int = 0
+    workers_ran: float = 0.0
+    workers_waited: float = 0.0
+
+    def __add__(self, other: CoreUse) -> CoreUse:
+        return CoreUse(
+            self.seconds + other.seconds,
+            self.ran + other.ran,
+            self.waited + other.waited,
+            max(self.workers, other.workers),
+            self.workers_ran + other.workers_ran,
+            self.workers_waited + other.workers_waited,
+        )
+
+    @property
+    def cores_got(self) -> float:
+        return (self.ran + self.workers_ran) / self.seconds
+
+    @property
+    def cores_wanted(self) -> float:
+        return self.cores_got + (self.waited + self.workers_waited) / self.seconds
+
+    @property
+    def unmet(self) -> float:
+        """The share of the wanted time on a core that was not given: waited / (ran + waited), 0 to 1."""
+        return 1 - self.cores_got / self.cores_wanted if self.cores_wanted else 0.0
+
+    def lost(self, waiting: float) -> float:
+        """About the share of the clock that passed because threads waited for a core, 0 to 1.
+
+        A thread alone loses what it waited. Threads that work side by side wait side by side: as many as want a core
+        on average share what they waited. Workers cost no more than the time that is spent waiting for their batches.
+
+        Args:
+            waiting: the share of the clock that is spent waiting for batches.
+        """
+        own = self.waited / max(self.seconds, self.ran + self.waited)
+        workers = self.workers_waited / max(self.seconds, self.workers_ran + self.workers_waited)
+        return max(own, min(workers, waiting))
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the processors gave to a training loop.
+
+    Attributes:
+        lost: about the share of its steps that threads spent waiting for a core (`CoreUse.lost`), over the turns.
+        use: of all real steps together. Both None where the system does not count it.
+        stopped: the share of periods in which the CPU limit of a control group stopped this process; None without one.
+        threads: of torch. cores: that this process may use; physical_cores: hyperthreads counted once.
+            machine_cores: that the machine has.
+    """
+
+    lost: Summary | None
+    use: CoreUse | None
+    stopped: float | None
+    threads: int
+    cores: int
+    physical_cores: int
+    machine_cores: int
+
+    @classmethod
+    def now(cls, lost: Summary | None, use: CoreUse | None, stopped: float | None) -> Host:
+        cores = int(cpu_count())
+        return cls(lost, use, stopped, torch.get_num_threads(), cores, physical_cores(), os.cpu_count() or cores)
+
+    @property
+    def too_few_cores(self) -> float:
+        """The share of a step, or of a CPU limit's periods, that too few cores have cost; 0 below what noise makes."""
+        lost, stopped = self.lost.median if self.lost else 0.0, self.stopped or 0.0
+        return max(lost if lost >= LOST_LEAST else 0.0, stopped if stopped >= STOPPED_LEAST else 0.0)
+
+    @property
+    def idle_cores(self) -> bool:
+        """Whether torch has fewer threads than there are cores, those are busy, and other cores are idle."""
+        if self.use is None or self.threads >= self.physical_cores:
+            return False
+        busy = self.use.ran / self.use.seconds >= BUSY_LEAST * self.threads
+        return busy and self.use.cores_wanted < ALL_CORES * self.physical_cores
+
+    @property
+    def partial(self) -> bool:
+        """Whether the machine has more cores than may be used."""
+        return self.cores < self.machine_cores
+
+    def line(self) -> str:
+        """What there is and what was got, as a sentence."""
+        of_machine = f" of the machine's {self.machine_cores}" if self.partial else ""
+        there = f"{self.cores}{of_machine} cores may be used, torch has {self.threads} threads"
+        if self.use is None:
+            return f"{there}; this system does not count how long threads wait for a core (Linux does)."
+        stopped = (
+            "" if self.stopped is None else f"; a CPU limit stopped it in {100 * self.stopped:.0f} % of its periods"
+        )
+        return (
+            f"{there}; {self.use.cores_wanted:.1f} cores were wanted and {self.use.cores_got:.1f} got"
+            f"{f', with {self.use.workers} worker processes' if self.use.workers else ''}{stopped}."
+        )
+
+    def sentence(self) -> str:
+        """What is wrong and what helps, without a full stop; for a host that has `too_few_cores`."""
+        of_cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        if self.stopped and self.stopped >= STOPPED_LEAST:
+            return (
+                f"A CPU limit stopped this process in {100 * self.stopped:.0f} % of its periods: raise the limit of "
+                f"its control group, or use fewer threads and workers, for {of_cores}"
+            )
+        assert self.use is not None
+        assert self.lost is not None
+        remedies = []
+        if self.threads > self.cores:
+            remedies.append(f"say torch.set_num_threads({self.cores}) instead of {self.threads}")
+        if self.use.cores_got < ALL_CORES * self.cores:
+            remedies.append("stop what else runs on them, or ask for more")
+        elif self.use.workers:
+            remedies.append(
+                f"take fewer worker processes than {self.use.workers}, or a loader that computes less (fastmnist tune)"
+            )
+        remedy = ", and ".join(remedies) or "use fewer threads, or ask for more cores"
+        return (
+            f"Threads wait for a core in about {100 * self.lost.median:.0f} % of each step, as they want "
+            f"{self.use.cores_wanted:.1f} cores and get {self.use.cores_got:.1f} of {self.cores}: {remedy}"
+        )
+
+
+def thread_times() -> ThreadTimes | None:
+    """(process, thread) to nanoseconds (on a core, waiting for one) since it began: this process and all below it.
+
+    From Linux's /proc/<process>/task/<thread>/schedstat (Documentation/scheduler/sched-stats.rst). A thread that has
+    ended is no longer told of. What a hypervisor takes from a virtual machine's core counts as neither.
+
+    Returns:
+        None where the system does not count it.
+    """
+    times: ThreadTimes = {}
+    processes = [os.getpid()]
+    for process in processes:  # which grows while it is gone through
+        with suppress(OSError):  # it has ended
+            for task in (PROCESSES / str(process) / "task").iterdir():
+                with suppress(OSError, ValueError):
+                    ran, waited, _ = map(int, (task / "schedstat").read_text().split())
+                    times[process, int(task.name)] = ran, waited
+                    processes += map(int, (task / "children").read_text().split())
+    own = times.get((os.getpid(), os.getpid()), (0, 0))
+    return times if own[0] else None  # a kernel that does not count says 0
+
+
+def core_use(before: ThreadTimes, after: ThreadTimes, seconds: float) -> CoreUse:
+    """What happened between two calls of `thread_times` that lie `seconds` apart; a new thread counts in full."""
+    here, own, workers, awake = os.getpid(), [0.0, 0.0], [0.0, 0.0], set()
+    for (process, thread), times in after.items():
+        for kind, (now, then) in enumerate(zip(times, before.get((process, thread), (0, 0)), strict=True)):
+            wanted = max(0, now - then) * NANOSECONDS
+            (own if process == here else workers)[kind] += wanted
+            if wanted and process != here:
+                awake.add(process)
+    return CoreUse(seconds, own[0], own[1], len(awake), workers[0], workers[1])
+
+
+def physical_cores() -> int:
+    """The cores that this process may use, two hyperthreads of one core counted once: torch's default of threads."""
+    allowed = cpu_count()
+    with suppress(OSError, AttributeError):  # AttributeError: not Linux
+        siblings = {
+            (PROCESSORS / f"cpu{number}" / "topology" / "thread_siblings_list").read_text()
+            for number in os.sched_getaffinity(0)
+        }
+        return int(min(allowed, len(siblings)))
+    return int(allowed)
+
+
+def limit_periods() -> list[tuple[int, int]]:
+    """(periods in which it was stopped, all periods) of each control group of this process that has a CPU limit."""
+    counts = []
+    for file in _cpu_stat_files():
+        with suppress(OSError, ValueError, KeyError):
+            found = dict(line.split() for line in file.read_text().splitlines())
+            counts.append((int(found["nr_throttled"]), int(found["nr_periods"])))
+    return counts
+
+
+def stopped_share(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]) -> float | None:
+    """The largest share of periods in which a group was stopped between two calls of `limit_periods`.
+
+    Returns:
+        None without a limit.
+    """
+    shares = []
+    for (stopped_before, all_before), (stopped, periods) in zip(before, after, strict=False):
+        if periods > all_before:
+            shares.append((stopped - stopped_before) / (periods - all_before))
+    return max(shares, default=None)
+
+
+def _cpu_stat_files() -> list[Path]:
+    """cpu.stat of this process's groups and of those around them, the old and the new kind."""
+    try:
+        lines = host.GROUPS_OF_THIS_PROCESS.read_text().splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = host.CONTROL_GROUPS / "cpu" if controllers else host.CONTROL_GROUPS
+        place = folder / name.lstrip("/")
+        files += [around / "cpu.stat" for around in (place, *place.parents) if around.is_relative_to(folder)]
+    return files

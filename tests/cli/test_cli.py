@@ -1,0 +1,278 @@
+"""The command line with input that cannot work: one clear line, the right exit status, nothing left behind."""
+
+import errno
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmnist import files
+from fastmnist.cli.main import main
+
+SMALL = ["--model", "small-cnn", "--epochs", "1", "--batch-size", "16", "--val-size", "0", "--quiet"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, write_dataset) -> Path:
+    """A folder with the four files of a tiny mnist."""
+    write_dataset(tmp_path / "data", train=40, test=20)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """run(status, *arguments) -> the one line on stderr; train writes into a folder that must not be there then."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(status: int, *arguments: object) -> str:
+        words = [str(argument) for argument in arguments]
+        if words[0] == "train":
+            words += [*SMALL, "--cache-dir", str(tmp_path / "cache")]
+        capsys.readouterr()
+        assert main(words) == status
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("fastmnist: ")
+        assert "unexpected" not in lines[0]
+        assert not (tmp_path / "runs").exists()
+        assert not list(tmp_path.rglob("*.tmp"))
+        return lines[0]
+
+    return call
+
+
+def test_a_good_run_is_good(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the others spoil."""
+    out, report = tmp_path / "run", tmp_path / "result.json"
+    flags = ["--data-dir", str(data), "--cache-dir", str(tmp_path / "cache"), "--out", str(out), "--json", str(report)]
+    assert main(["train", *flags, *SMALL]) == 0
+    content = json.loads(report.read_text())
+    assert content["folder"] == str(out)
+    assert content["dataset"] == "mnist"
+    assert main(["evaluate", str(out)]) == 0
+    assert main(["verify", str(tmp_path / "cache" / "mnist-train.beton")]) == 0
+    assert "40 samples" in capsys.readouterr().out
+
+
+def test_wrong_usage(run: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    assert "--nonsense" in run(2, "train", "--nonsense", "3")
+    assert "'nonsense'" in run(2, "nonsense")
+    error = run(2, "train", "--stem", "wide")
+    assert error == "fastmnist: --stem: Expected a Literal['imagenet', 'stride2', 'cifar']. Got value: wide"
+    assert "--seed: Expected a int. Got value: x" in run(2, "train", "--seed", "x")
+    assert "optimizer" in run(2, "train", "--optimizer", "lion")
+    assert "run" in run(2, "evaluate")
+    config = tmp_path / "bad.yaml"
+    config.write_text("batchsize: 3\n")
+    assert "batchsize" in run(2, "train", "--config", config)
+    config.write_text("batch_size: many\n")
+    assert "batch" in run(2, "train", "--config", config)
+    config.write_text("no configuration at all\n" * 1000)
+    assert len(run(2, "train", "--config", config)) < 500
+    assert "nowhere.yaml" in run(2, "train", "--config", tmp_path / "nowhere.yaml")
+
+
+def test_settings_that_do_not_fit_the_data(run: Callable[..., str], data: Path, capsys, tmp_path: Path) -> None:
+    flags = ["train", "--data-dir", str(data), "--cache-dir", str(tmp_path / "cache"), "--quiet"]
+    for more, message in (
+        (["--batch-size", "64", "--val-size", "0"], "--batch-size 64"),
+        (["--batch-size", "16", "--val-size", "39"], "--val-size 39"),
+        (["--batch-size", "16", "--val-size", "5"], "--val-size 5: mnist cannot be split so"),
+        (["--batch-size", "16", "--val-size", "0", "--model", "torchvision:vgg11"], "torchvision:vgg11"),
+        (
+            ["--batch-size", "16", "--val-size", "0", "--compile", "graph", "--device", "cpu"],
+            "--compile graph",
+        ),
+        (["--epochs", "0"], "--epochs 0"),
+    ):
+        assert main([*flags, *more]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
+
+
+def test_sources_that_are_missing(run: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    assert "nowhere: no such folder" in run(1, "train", "--data-dir", tmp_path / "nowhere")
+    assert "nowhere: no such folder" in run(1, "compile", "--data-dir", tmp_path / "nowhere")
+    assert "unknown dataset 'mnits'" in run(1, "train", "--dataset", "mnits")
+    assert "unknown dataset 'mnits'" in run(1, "compile", "--dataset", "mnits")
+    (data / "t10k-labels-idx1-ubyte").unlink()
+    assert "t10k-labels-idx1-ubyte" in run(1, "train", "--data-dir", data)
+    (tmp_path / "empty").mkdir()
+    assert "IDX files of mnist" in run(1, "train", "--data-dir", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("command", ["train", "compile"])
+def test_sources_that_lie(
+    run: Callable[..., str], data: Path, tmp_path: Path, command: str, write_idx, random_samples
+) -> None:
+    arguments = [command, "--data-dir", data]
+    if command == "compile":
+        arguments += ["--output", tmp_path / "out"]
+    images, labels = data / "train-images-idx3-ubyte", data / "train-labels-idx1-ubyte"
+    whole = images.read_bytes()
+
+    images.write_bytes(whole[:-5])
+    assert "31,355 bytes of values where its header (40, 28, 28) asks for 31,360" in run(1, *arguments)
+    images.write_bytes(whole + b"more")
+    assert "more than the 31,360 bytes" in run(1, *arguments)
+    images.write_bytes(b"\x89PNG" + whole[4:])
+    assert "no IDX file" in run(1, *arguments)
+    images.write_bytes(whole[:2] + b"\x0c" + whole[3:])
+    assert "3-dimensional int32" in run(1, *arguments).replace(">i4", "int32")
+    images.unlink()
+    packed = images.with_name(images.name + ".gz")
+    packed.write_bytes(gzip.compress(whole)[:-200])
+    assert f"{packed}: cannot be unzipped" in run(1, *arguments)
+    packed.unlink()
+    write_idx(images, random_samples(41)[0])
+    error = run(1, *arguments)
+    assert "41 images" in error
+    assert "40 labels" in error
+    images.write_bytes(whole)
+    spoiled = bytearray(labels.read_bytes())
+    spoiled[8 + 3] = 10
+    labels.write_bytes(bytes(spoiled))
+    assert f"{labels}: label 10 of sample 3 is out of range" in run(1, *arguments)
+    # Nothing was written that a later run could take for whole.
+    assert not list(tmp_path.rglob("*.beton"))
+
+
+def test_damaged_compiled_files(run: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    assert main(["compile", "--data-dir", str(data), "--output", str(tmp_path / "betons")]) == 0
+    path = tmp_path / "betons" / "mnist-train.beton"
+    whole = path.read_bytes()
+    for length in (0, 3, 24, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        for command in (["verify", path], ["train", "--data-dir", tmp_path / "betons"]):
+            assert "mnist-train.beton" in run(1, *command)
+    page = bytearray(whole)
+    page[-40 * 24 - 2_000_000] ^= 1
+    path.write_bytes(page)
+    assert "page 0" in run(1, "verify", path)
+    assert "page 0" in run(1, "train", "--data-dir", tmp_path / "betons", "--verify", "full")
+
+
+def test_runs_that_are_none(run: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for command in ("evaluate", "predict"):
+        picture = [tmp_path / "a.png"] if command == "predict" else []
+        assert "holds no model.safetensors" in run(1, command, tmp_path / "empty", *picture)
+        assert "no such folder" in run(1, command, tmp_path / "nowhere", *picture)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert "something in it" in run(2, "train", "--dataset", "digits", "--out", tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_pictures_that_are_none(run: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--data-dir", str(data), "--cache-dir", str(tmp_path / "c"), "--out", str(out), *SMALL]) == 0
+    text = tmp_path / "a.png"
+    text.write_text("no picture")
+    assert "a.png" in run(1, "predict", out, text)
+    assert "nowhere.png" in run(1, "predict", out, tmp_path / "nowhere.png")
+    from PIL import Image
+
+    Image.new("L", (30, 30), 255).save(text)
+    assert "a.png" in run(1, "predict", out, text)
+
+
+@pytest.fixture
+def forbidden(tmp_path: Path) -> Path:
+    """A folder that cannot be written into."""
+    if os.geteuid() == 0:  # root may write into any folder but those that the kernel makes
+        return Path("/sys/kernel")
+    folder = tmp_path / "forbidden"
+    folder.mkdir(mode=0o555)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root finds no folder that is closed to it")
+def test_no_permission_to_write(run: Callable[..., str], data: Path, forbidden: Path, tmp_path: Path) -> None:
+    before = sorted(forbidden.iterdir())
+    error = run(1, "compile", "--data-dir", data, "--output", forbidden)
+    assert f"{forbidden / 'mnist-train.beton'}: cannot be written" in error
+    error = run(1, "train", "--data-dir", data, "--out", forbidden / "run")
+    assert f"{forbidden / 'run'}: cannot be made" in error
+    assert sorted(forbidden.iterdir()) == before
+
+
+def child_with_little_disk(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs the command where no file may grow beyond `limit` bytes: writing fails as on a full disk."""
+    code = f"import sys\nfrom fastmnist.cli.main import main\nsys.exit(main({[str(a) for a in arguments]!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+
+def test_a_disk_that_runs_full(data: Path, tmp_path: Path) -> None:
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    done = child_with_little_disk(100_000, "compile", "--data-dir", data, "--output", cache)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot be written" in done.stderr
+    assert "MB are needed" in done.stderr
+    assert not list(cache.iterdir())
+
+    assert main(["compile", "--data-dir", str(data), "--output", str(cache)]) == 0
+    # The weights of the small model have 0.4 MB.
+    done = child_with_little_disk(300_000, "train", "--data-dir", data, "--cache-dir", cache, "--out", out, *SMALL)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "cannot be written" in done.stderr
+    assert not out.exists()
+
+
+def test_a_full_disk_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    files.write_bytes(path, b"older")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(files.FastmnistError, match="No space left on device"):
+        files.write_bytes(path, b"newer")
+    assert path.read_bytes() == b"older"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["verify", str(tmp_path / "nowhere"), "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("fastmnist: ")
+
+
+def test_a_defect_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastmnist.beton import reader as beton
+
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("float division")
+
+    monkeypatch.setattr(beton, "Beton", broken)
+    assert main(["verify", "x"]) == 1
+    assert capsys.readouterr().err == "fastmnist: unexpected ZeroDivisionError: float division (--debug shows where)\n"
+
+
+def test_compile_says_what_it_did(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, report = tmp_path / "out", tmp_path / "r.json"
+    command = ["compile", "--data-dir", str(data), "--output", str(output), "--json", str(report)]
+    for expected in ("written", "current"):
+        assert main(command) == 0
+        assert capsys.readouterr().out.count(expected) == 2
+        content = json.loads(report.read_text())
+        assert [f["status"] for f in content["files"]] == [expected] * 2
+        assert [f["samples"] for f in content["files"]] == [40, 20]
+    assert np.isfinite(content["seconds"])

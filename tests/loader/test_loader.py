@@ -1,0 +1,684 @@
+"""The loader: every sample once, in a known order, in memory that stays what it was for as long as it is held."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+from collections import deque
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms.functional import normalize
+
+from fastmnist.beton.reader import Beton
+from fastmnist.errors import ConfigError, DataError
+from fastmnist.loader import gathering
+from fastmnist.loader.buffers import LEAST_KEPT, BufferPool, tensor_maker
+from fastmnist.loader.helpers import NAME
+from fastmnist.loader.loader import DTYPES, Loader
+from fastmnist.loader.order import epoch_order
+
+COUNT, SHAPE = 103, (6, 5)
+SETTINGS = {
+    "placement": st.sampled_from(["stream", "resident", "auto"]),
+    "threads": st.integers(0, 4),
+    "dtype": st.sampled_from(DTYPES),
+}
+ELSEWHERE = [("stream", 1), ("stream", 3), ("resident", 2)]  # (placement, threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def work_is_shared_among_threads():
+    """Otherwise batches this small are gathered by one thread, whatever is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering, "CALL_BYTES", 300)
+        yield
+
+
+@pytest.fixture(scope="module")
+def samples(scratch, write_small_beton):
+    """(path, images, labels) of one file for all tests that need no other."""
+    path = scratch() / "samples.beton"
+    return path, *write_small_beton(path, COUNT, SHAPE)
+
+
+@pytest.fixture
+def open_loader(samples):
+    """Makes loaders of that file on the CPU, closed when the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def make(batch_size: int = 10, **options) -> Loader:
+            return stack.enter_context(Loader(samples[0], batch_size, **{"device": "cpu"} | options))
+
+        yield make
+
+
+def values_of(images: np.ndarray, moments, dtype: torch.dtype) -> torch.Tensor:
+    """All images as the loader's documentation has them, by torchvision: (N, C, H, W)."""
+    tensors = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
+    return tensors if dtype == torch.uint8 else normalize(tensors.to(torch.float32).div(255), *moments).to(dtype)
+
+
+def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def copied(batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(images.clone(), labels.clone()) for images, labels in batches]
+
+
+def assert_same_batches(found, expected) -> None:
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
+
+
+# What an epoch holds
+
+
+@given(
+    count=st.integers(1, 60),
+    shape=st.sampled_from([(5, 4), (1, 1), (3, 2, 3)]),
+    batch_size=st.integers(1, 70),
+    drop_last=st.booleans(),
+    seed=st.integers(0, 2**40),
+    order=st.sampled_from(["random", "sequential"]),
+    **SETTINGS,
+)
+def test_each_epoch_has_each_sample_once_with_its_label(
+    scratch, write_small_beton, count, shape, batch_size, drop_last, seed, order, **settings
+):
+    path = scratch() / "samples.beton"
+    images, labels = write_small_beton(path, count, shape, classes=1000, seed=seed % 97, page_size=64)
+    with Loader(path, batch_size, device="cpu", drop_last=drop_last, seed=seed, order=order, **settings) as loader:
+        values = values_of(images, loader.file.moments, settings["dtype"])
+        whole, rest = divmod(count, batch_size)
+        sizes = [batch_size] * whole + [rest] * bool(rest and not drop_last)
+        assert len(loader) == len(sizes)
+        for epoch in range(2):
+            batches = list(loader)
+            assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches] == sizes
+            taken = loader.epoch_indices(epoch)
+            assert len(set(taken.tolist())) == len(taken) == sum(sizes)
+            assert set(taken.tolist()) <= set(range(count))
+            if batches:
+                assert_same_batches([joined(batches)], [(values[taken], torch.from_numpy(labels[taken]))])
+            if order == "sequential":
+                assert taken.tolist() == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_the_order_is_that_of_seed_and_epoch_alone(open_loader, samples, epoch):
+    _, images, labels = samples
+    expected = epoch_order(np.arange(COUNT), 5, epoch)
+    for placement, threads in ELSEWHERE:
+        for prefetch in (0, 4):
+            loader = open_loader(seed=5, placement=placement, threads=threads, prefetch=prefetch)
+            loader.set_epoch(epoch)
+            found_images, found_labels = joined(loader)
+            np.testing.assert_array_equal(found_images[:, 0], images[expected])
+            np.testing.assert_array_equal(found_labels, labels[expected])
+
+
+def test_epochs_differ_and_are_reproducible(open_loader):
+    loader, again = open_loader(), open_loader()
+    epochs = [copied(loader) for _ in range(3)]
+    for one, other in itertools.combinations(epochs, 2):
+        assert not torch.equal(joined(one)[0], joined(other)[0])
+    for epoch in epochs:
+        assert_same_batches(epoch, again)
+
+
+def test_set_epoch_is_what_the_next_loop_runs_through(open_loader):
+    loader = open_loader()
+    epochs = [copied(loader) for _ in range(3)]
+    assert loader.epoch == 3
+    for epoch in (2, 0, 1):
+        loader.set_epoch(epoch)
+        assert loader.epoch == epoch
+        assert_same_batches(loader, epochs[epoch])
+        assert loader.epoch == epoch + 1
+
+
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"order": "sequential"}])
+def test_sequential_is_the_order_of_the_file_each_time(open_loader, samples, options):
+    loader = open_loader(**options)
+    for _ in range(2):
+        np.testing.assert_array_equal(joined(loader)[0][:, 0], samples[1])
+
+
+@pytest.mark.parametrize("placement", ["stream", "resident"])
+@given(chosen=st.permutations(range(40)), count=st.integers(1, 40), shuffle=st.booleans())
+def test_a_subset_gives_its_samples_and_no_other(samples, placement, chosen, count, shuffle):
+    path, images, labels = samples
+    subset = [c + 50 for c in chosen[:count]]
+    with Loader(path, 7, device="cpu", placement=placement, indices=subset, shuffle=shuffle) as loader:
+        found_images, found_labels = joined(loader)
+        taken = loader.epoch_indices(0)
+    assert sorted(taken.tolist()) == sorted(subset)
+    assert shuffle or taken.tolist() == subset
+    np.testing.assert_array_equal(found_images[:, 0], images[taken])
+    np.testing.assert_array_equal(found_labels, labels[taken])
+
+
+def test_a_subset_does_not_follow_later_changes_of_the_callers_array(open_loader, samples):
+    subset = np.arange(10, 20)
+    loader = open_loader(indices=subset, shuffle=False)
+    subset[:] = 3
+    np.testing.assert_array_equal(joined(loader)[0][:, 0], samples[1][10:20])
+
+
+def test_a_loop_that_is_left_early_is_followed_by_the_next_epoch(open_loader):
+    loader = open_loader()
+    epochs = [copied(loader) for _ in range(3)]
+    loader.set_epoch(0)
+    assert_same_batches(itertools.islice(loader, 3), epochs[0][:3])
+    assert_same_batches(itertools.islice(loader, 1), epochs[1][:1])
+    assert_same_batches(loader, epochs[2])
+
+
+def test_no_batch_at_all_when_the_only_one_is_dropped(open_loader):
+    loader = open_loader(COUNT + 1, drop_last=True)
+    assert len(loader) == 0
+    assert list(loader) == []
+    assert not len(loader.epoch_indices(0))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 7, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_images_are_channels_last_and_labels_int64(tmp_path, write_small_beton, shape, dtype):
+    write_small_beton(tmp_path / "a.beton", 20, shape)
+    channels = shape[2] if len(shape) == 3 else 1
+    with Loader(tmp_path / "a.beton", 8, device="cpu", dtype=dtype) as loader:
+        for images, labels in loader:
+            assert images.shape == (len(labels), channels, *shape[:2])
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert (images.dtype, labels.dtype) == (dtype, torch.int64)
+
+
+def test_global_random_state_and_thread_counts_are_left_alone(open_loader):
+    def state():
+        _, keys, position, *_ = np.random.get_state()
+        return torch.get_rng_state().tolist(), keys.tolist(), position, torch.get_num_threads(), numba.get_num_threads()
+
+    before = state()
+    for placement, threads in ELSEWHERE:
+        list(open_loader(placement=placement, threads=threads, dtype=torch.float32))
+    assert state() == before
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("placement", "threads"), ELSEWHERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_held_batch_never_changes(open_loader, dtype, placement, threads):
+    loader = open_loader(dtype=dtype, placement=placement, threads=threads)
+    held, copies = [], []
+    for epoch in range(6):
+        for number, (images, labels) in enumerate(loader):
+            if (epoch + number) % 3 == 0:
+                continue  # some memory is used again between the batches that are held
+            held.append((images, labels) if number % 2 else (images, labels.clone()))
+            copies += copied([(images, labels)])
+    assert len(held) > 2 * LEAST_KEPT
+    assert_same_batches(held, copies)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda images: images[3:5],
+        lambda images: images.numpy(),
+        lambda images: images.numpy()[2],
+        lambda images: images.untyped_storage(),
+        lambda images: images.view(torch.int8),
+        torch.Tensor.detach,
+    ],
+    ids=["slice", "array", "slice of array", "storage", "other dtype", "detached"],
+)
+def test_whatever_shares_a_batchs_memory_keeps_it(open_loader, part):
+    loader = open_loader()
+    held, copies = [], []
+    for images, _ in itertools.chain(loader, loader):
+        held.append(part(images))
+        copies.append(held[-1].tolist())
+        del images
+    assert len(held) > LEAST_KEPT
+    assert [one.tolist() for one in held] == copies
+
+
+def test_memory_of_dropped_batches_is_used_again(open_loader):
+    loader = open_loader(drop_last=True)
+    addresses = [images.data_ptr() for _ in range(5) for images, _ in loader]
+    assert len(addresses) == 50
+    assert len(set(addresses)) <= 12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_batch_is_a_tensor_of_its_own(open_loader, dtype, threads):
+    loader = open_loader(dtype=dtype, threads=threads)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            held = list(loader)
+        for tensor in itertools.chain(*held):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert not tensor._is_view()
+            before = [other._version for other in itertools.chain(*held)]
+            tensor.add_(1)
+            changed = [other._version for other in itertools.chain(*held)]
+            assert sum(changed) == sum(before) + 1
+        if dtype.is_floating_point:
+            weight = torch.ones((), dtype=dtype, requires_grad=True)
+            held[0][0].mul_(weight).sum().backward()
+            assert weight.grad is not None
+
+
+def test_a_later_batch_changed_in_place_breaks_no_backward_pass(open_loader):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(SHAPE[0] * SHAPE[1], 10))
+    batches = iter(open_loader(dtype=torch.float32))
+    (images, labels), (more_images, more_labels) = next(batches), next(batches)
+    loss = torch.nn.functional.cross_entropy(net(images), labels)
+    more_images.add_(1)
+    more_labels[:5] = 3
+    loss.backward()
+
+
+def test_a_batch_saved_takes_the_room_of_a_batch(open_loader, tmp_path):
+    images, labels = next(iter(open_loader(dtype=torch.float32)))
+    torch.save((images, labels), tmp_path / "batch.pt")
+    assert (tmp_path / "batch.pt").stat().st_size < 2 * (images.nbytes + labels.nbytes) + 4000
+    assert_same_batches([torch.load(tmp_path / "batch.pt", weights_only=True)], [(images, labels)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("placement", ["stream", "resident"])
+def test_inference_mode_ends_with_its_block(open_loader, dtype, placement):
+    batches = iter(open_loader(dtype=dtype, placement=placement))
+    with torch.inference_mode():
+        next(batches)
+    for tensor in itertools.chain(*batches):
+        assert not tensor.is_inference()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_default_device_moves_nothing(open_loader, dtype):
+    expected = copied(open_loader(dtype=dtype))
+    with torch.device("meta"):
+        found = list(open_loader(dtype=dtype))
+    assert_same_batches(found, expected)
+
+
+def test_a_pool_keeps_no_more_than_its_most():
+    pool = BufferPool(4, (3, 1, 1), torch.float16)
+    taken = [pool.take(4) for _ in range(3 * LEAST_KEPT)]
+    assert len({rows.ctypes.data for rows, _ in taken}) == len(taken)
+    assert len(pool) == LEAST_KEPT
+    kept = {rows.ctypes.data for rows, _ in taken[-LEAST_KEPT:]}
+    taken.clear()
+    assert {pool.take(4)[0].ctypes.data for _ in range(3 * LEAST_KEPT)} == kept
+
+
+@pytest.mark.parametrize("count", [4, 3])
+def test_a_pool_hands_out_the_same_memory_as_array_and_tensor(count):
+    for dtype in DTYPES:
+        rows, array = BufferPool(4, (5, 3, 2), dtype).take(count)
+        images = tensor_maker(dtype)(array)
+        assert rows.shape == (count, 30)
+        assert images.shape == (count, 2, 5, 3)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert images.dtype == dtype
+        assert rows.__array_interface__["data"][0] == images.data_ptr()
+
+
+# Where it stands
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_numpy_and_torch_become_plain_ones(open_loader, tmp_path, kind):
+    loader = open_loader(kind(10), seed=kind(3), threads=kind(1), prefetch=kind(2), rank=kind(0), world_size=kind(1))
+    loader.set_epoch(kind(2))
+    state = loader.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    torch.save(state, tmp_path / "state.pt")
+    plain = open_loader(10, seed=3)
+    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same_batches(loader, plain)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed", "threads", "prefetch"])
+@pytest.mark.parametrize("value", [2.0, np.float32(2), "2", None, -1])
+def test_what_is_no_whole_number_is_refused_by_name(samples, name, value):
+    with pytest.raises(ConfigError, match=name):
+        Loader(samples[0], device="cpu", **{name: value})
+
+
+@pytest.mark.parametrize("value", [2.0, np.float64(1), "1", -1])
+def test_an_epoch_that_is_no_whole_number_is_refused(open_loader, value):
+    loader = open_loader()
+    before = loader.state_dict()
+    with pytest.raises(ConfigError, match="epoch"):
+        loader.set_epoch(value)
+    assert loader.state_dict() == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_loop_under_way_does_not_move_a_position_that_was_set(open_loader, finished):
+    loader, same = open_loader(), open_loader()
+    there = open_loader()
+    there.set_epoch(5)
+    elsewhere = there.state_dict()
+    for set_position in (lambda: loader.set_epoch(5), lambda: loader.load_state_dict(elsewhere)):
+        loader.set_epoch(0)
+        same.set_epoch(0)
+        batches = iter(loader)
+        taken = copied(itertools.islice(batches, 3))
+        set_position()
+        assert loader.state_dict() == elsewhere
+        taken += copied(batches if finished else itertools.islice(batches, 2))
+        assert_same_batches(taken, copied(itertools.islice(same, len(taken))))
+        assert loader.state_dict() == elsewhere
+        there.set_epoch(5)
+        assert_same_batches(copied(loader), copied(there))
+
+
+def test_of_two_loops_the_later_one_moves_the_position(open_loader):
+    loader = open_loader()
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    next(second)
+    list(first)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (1, 1)
+
+
+@given(
+    position=st.integers(0, 25),
+    batch_size=st.sampled_from([9, 10, 103]),
+    drop_last=st.booleans(),
+    seed=st.integers(0, 99),
+    order=st.sampled_from(["random", "sequential"]),
+    here=st.sampled_from(ELSEWHERE),
+    there=st.sampled_from(ELSEWHERE),
+)
+def test_a_state_taken_anywhere_goes_on_with_exactly_the_batches_that_are_left(
+    samples, position, batch_size, drop_last, seed, order, here, there
+):
+    def make(placement: str, threads: int) -> Loader:
+        options = {"drop_last": drop_last, "seed": seed, "order": order, "device": "cpu"}
+        return Loader(samples[0], batch_size, placement=placement, threads=threads, **options)
+
+    with make(*here) as first, make(*there) as second:
+        epoch, within = divmod(position, len(first))
+        first.set_epoch(epoch)
+        batches = iter(first)
+        for _ in range(within):
+            next(batches)
+        state = json.loads(json.dumps(first.state_dict()))
+        left = copied(batches) + copied(first)
+        second.load_state_dict(state)
+        assert second.state_dict() == state
+        assert_same_batches(copied(second) + copied(second), left)
+        assert second.state_dict() == first.state_dict()
+
+
+def test_a_state_taken_after_the_last_batch_begins_the_next_epoch(open_loader):
+    loader = open_loader()
+    states = [loader.state_dict() for _ in loader]  # the last of them is taken within the loop
+    assert states[-1] == loader.state_dict()
+    assert (states[-1]["epoch"], states[-1]["batch"]) == (1, 0)
+    other = open_loader()
+    other.load_state_dict(states[-1])
+    assert_same_batches(other, loader)
+
+
+def test_a_state_after_a_loop_that_was_left_early_names_the_next_batch(open_loader):
+    loader, other = open_loader(), open_loader()
+    for _ in zip(range(4), loader, strict=False):
+        pass
+    handed_out = loader.state_dict()["batch"]
+    epoch = copied(open_loader())
+    other.load_state_dict(loader.state_dict())
+    assert_same_batches(other, epoch[handed_out:])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"batch_size": 11}, ("batch_size 10", "11")),
+        ({"seed": 3}, ("seed 0", "3")),
+        ({"shuffle": False}, ("random", "sequential")),
+        ({"drop_last": True}, ("drop_last False", "True")),
+        ({"indices": range(50)}, ("samples 103", "50")),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_naming_both_values(open_loader, options, named):
+    loader = open_loader(**options)
+    before = loader.state_dict()
+    with pytest.raises(DataError) as error:
+        loader.load_state_dict(open_loader().state_dict())
+    assert all(text in str(error.value) for text in named)
+    assert loader.state_dict() == before
+
+
+def test_a_state_of_another_subset_of_equal_length_is_refused(open_loader):
+    with pytest.raises(DataError):
+        open_loader(indices=range(10, 20)).load_state_dict(open_loader(indices=range(10)).state_dict())
+
+
+def test_a_state_of_another_file_or_version_is_refused(tmp_path, open_loader, write_small_beton):
+    write_small_beton(tmp_path / "other.beton", COUNT, SHAPE, seed=1)
+    state = open_loader().state_dict()
+    other = Loader(tmp_path / "other.beton", 10, device="cpu")
+    with pytest.raises(DataError, match=f"file {state['file']}.*{other.file.fingerprint}"):
+        other.load_state_dict(state)
+    for wrong in ({}, state | {"version": 1}):
+        with pytest.raises(DataError, match=f"version {wrong.get('version')}.* 2 "):
+            open_loader().load_state_dict(wrong)
+
+
+# The end
+
+
+@pytest.mark.parametrize(("placement", "threads"), ELSEWHERE)
+def test_a_closed_loader_is_not_iterated_and_batches_held_stay_valid(open_loader, placement, threads):
+    loader = open_loader(placement=placement, threads=threads)
+    held = list(loader)
+    copies = copied(held)
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    for begin in (lambda: iter(loader), lambda: next(batches)):
+        with pytest.raises(RuntimeError, match="closed"):
+            begin()
+    assert_same_batches(held, copies)
+    loader.close()  # once more does no harm
+
+
+def test_use_after_close_is_an_error_and_reads_no_memory(samples, in_a_new_process):
+    """In a process of its own, because reading memory that is gone may end it."""
+    script = """
+        import sys
+        from fastmnist.beton.reader import Beton
+        from fastmnist.loader.loader import Loader
+        from fastmnist.errors import FastmnistError
+
+        def epoch_that_had_not_begun():
+            loader = Loader(sys.argv[1], 100, device="cpu")
+            batches = iter(loader)
+            loader.close()
+            next(batches)
+
+        def closed_file():
+            file = Beton(sys.argv[1])
+            file.close()
+            list(Loader(file, 100, device="cpu"))
+
+        def closed_file_resident():
+            file = Beton(sys.argv[1])
+            file.close()
+            list(Loader(file, 100, device="cpu", placement="resident"))
+
+        for use in (epoch_that_had_not_begun, closed_file, closed_file_resident):
+            try:
+                use()
+                print(use.__name__, "gave a batch")
+            except (RuntimeError, FastmnistError) as error:
+                assert "closed" in str(error)
+                print("refused")
+    """
+    assert in_a_new_process(script, samples[0]).splitlines() == ["refused"] * 3
+
+
+def test_closing_a_loader_leaves_a_file_that_the_caller_opened(samples):
+    path, images, _ = samples
+    with Beton(path) as file:
+        with Loader(file, 10, device="cpu", indices=range(50)) as first, Loader(file, 10, device="cpu") as second:
+            first.close()
+            assert len(joined(second)[0]) == COUNT
+        np.testing.assert_array_equal(file.images(np.arange(COUNT))[..., 0], images)
+
+
+def gather_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files there")
+def test_loops_left_early_leave_no_thread_and_no_open_file(samples):
+    def open_descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = open_descriptors()
+    assert not gather_threads()
+    for close in (True, False):
+        for _ in range(15):
+            loader = Loader(samples[0], 10, device="cpu", threads=3)
+            for _ in range(10):
+                for _ in loader:
+                    break
+                assert 0 < len(gather_threads()) <= 2  # this thread is the third
+            if close:
+                loader.close()
+            del loader
+            for thread in gather_threads():
+                thread.join(10)  # of a loader that was forgotten they end by themselves, soon
+        assert not gather_threads()
+        assert open_descriptors() <= before
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": -5},
+        {"seed": -1},
+        {"threads": -1},
+        {"prefetch": -1},
+        {"dtype": torch.float64},
+        {"dtype": torch.int32},
+        {"placement": "disk"},
+        {"order": "backwards"},
+        {"device": "toaster"},
+        {"indices": []},
+        {"indices": [0, COUNT]},
+        {"indices": [-1]},
+        {"indices": [[0, 1]]},
+        {"indices": 3},
+        {"indices": [0.5, 1.7]},
+        {"indices": np.arange(COUNT) % 2 == 0},
+    ],
+    ids=lambda options: f"{next(iter(options))}={str(*options.values())[:12]}",
+)
+def test_a_setting_that_cannot_work_is_a_config_error(samples, options):
+    with pytest.raises(ConfigError):
+        Loader(samples[0], **{"batch_size": 10, "device": "cpu"} | options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_config_error(samples):
+    with pytest.raises(ConfigError, match="no GPU"):
+        Loader(samples[0], device="cuda")
+
+
+def test_a_file_that_cannot_be_used_is_a_data_error(tmp_path, samples):
+    with pytest.raises(DataError, match=r"missing\.beton"):
+        Loader(tmp_path / "missing.beton", device="cpu")
+    content = bytearray(samples[0].read_bytes())
+    content[-(2**20)] ^= 1  # within the page
+    (tmp_path / "flipped.beton").write_bytes(content)
+    with pytest.raises(DataError, match="page 0"):
+        Loader(tmp_path / "flipped.beton", device="cpu", verify="full")
+    Loader(tmp_path / "flipped.beton", device="cpu").close()
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("placement", "prefetch"), [("resident", 3), ("stream", 0), ("stream", 1), ("stream", 3)])
+def test_a_gpu_gets_the_bytes_that_the_cpu_gets(tmp_path, write_small_beton, placement, prefetch, dtype, slow):
+    """A slow consumer is one whose work on the device lags far behind the host, so that copies could overtake it."""
+    write_small_beton(tmp_path / "a.beton", 4003, (28, 28))
+    options = {"dtype": dtype, "seed": 4}
+    with Loader(tmp_path / "a.beton", 64, device="cpu", **options) as loader:
+        expected = copied(loader) + copied(loader)
+    work = torch.ones(2048, 2048, device="cuda")
+    held: deque = deque(maxlen=10)
+    seen = []
+    with Loader(tmp_path / "a.beton", 64, device="cuda", placement=placement, prefetch=prefetch, **options) as loader:
+        for images, labels in itertools.chain(loader, loader):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            for _ in range(5 * slow):
+                work @ work
+            seen.append((images.clone(), labels.clone()))
+            held.append((images, labels))
+    assert_same_batches(seen, expected)
+    assert_same_batches(held, expected[-10:])
+
+
+@pytest.mark.gpu
+def test_auto_keeps_a_small_file_on_the_gpu(samples):
+    with Loader(samples[0], 10) as loader:
+        assert (loader.device.type, loader.placement) == ("cuda", "resident")
+
+
+def test_a_uint8_loader_asks_for_no_statistics(tmp_path, write_small_beton, monkeypatch):
+    """For a file without ours they would take a pass over all of it."""
+    write_small_beton(tmp_path / "a.beton", 20)
+
+    def unwanted(self):
+        raise AssertionError("the file's moments were asked for")
+
+    monkeypatch.setattr(Beton, "moments", property(unwanted))
+    assert len(list(Loader(tmp_path / "a.beton", 8, device="cpu"))) == 3
+    with pytest.raises(AssertionError, match="moments"):
+        Loader(tmp_path / "a.beton", 8, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_chunks_are_the_batches_laid_together(samples, count, device):
+    with Loader(samples[0], 10, seed=3, device=device) as each, Loader(samples[0], 10, seed=3, device=device) as loader:
+        for first in (0, 2):
+            each.seek(1, first)
+            loader.seek(1, first)
+            batches, chunks = list(each), list(loader.chunks(count))
+            assert [len(labels) for _, labels in chunks[:-1]] == [10 * count] * (len(chunks) - 1)
+            for part in (0, 1):
+                assert torch.equal(torch.cat([c[part] for c in chunks]), torch.cat([b[part] for b in batches]))
+            assert loader.state_dict() == each.state_dict()

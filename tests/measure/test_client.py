@@ -1,0 +1,86 @@
+"""A side in a process of its own: it answers, and whatever it does instead is told in one line and leaves nothing."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastmnist.measure.client import SideError, SideProcess
+
+ECHO = "import sys, json\nfor line in sys.stdin: print(json.dumps({'got': json.loads(line)}), flush=True)"
+
+
+def started(script: str) -> SideProcess:
+    kind = type("Planted", (SideProcess,), {"program": (sys.executable, "-c", script)})
+    return kind("planted")
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # A child of a child, that nobody has waited for yet, is a zombie.
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_it_answers_one_after_the_other() -> None:
+    with started(ECHO) as process:
+        assert process.ask("open", 20, data="x") == {"got": {"do": "open", "data": "x"}}
+        process.tell("turn")
+        process.tell("turn", number=2)
+        assert process.answer(20) == {"got": {"do": "turn"}}
+        assert process.answer(20) == {"got": {"do": "turn", "number": 2}}
+
+
+def test_what_hangs_is_stopped_in_time() -> None:
+    process = started("import time; time.sleep(600)")
+    with pytest.raises(SideError, match="no answer within 1 s: stopped"):
+        process.ask("turn", 1)
+    assert process._process.poll() == -signal.SIGKILL
+
+
+def test_what_crashes_says_its_last_words() -> None:
+    process = started("raise RuntimeError('the disk is on fire')")
+    with pytest.raises(SideError, match=r"ended with exit status 1: .*RuntimeError: the disk is on fire"):
+        process.ask("turn", 20)
+
+
+def test_a_signal_is_named() -> None:
+    process = started("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(SideError, match="ended with signal SIGSEGV"):
+        process.ask("turn", 20)
+
+
+def test_an_error_there_is_an_error_here() -> None:
+    process = started("""import json; input(); print(json.dumps({"error": "ValueError: no such\\n page"}))""")
+    with pytest.raises(SideError, match=r"^ValueError: no such page$"):
+        process.ask("turn", 20)
+
+
+def test_its_children_end_with_it(tmp_path: Path) -> None:
+    script = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+print("{{}}", flush=True)
+time.sleep(600)
+"""
+    process = started(script)
+    process.ask("turn", 20)
+    pid = int((tmp_path / "pid").read_text())
+    assert not gone(pid)
+    process.close()
+    process.close()
+    deadline = time.monotonic() + 60
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone(pid)
+
+
+def test_the_real_program_says_what_it_cannot_do() -> None:
+    with SideProcess("fastmnist.Loader") as process, pytest.raises(SideError, match="KeyError"):
+        process.ask("imports", 60, side="nothing")

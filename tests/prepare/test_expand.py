@@ -1,0 +1,535 @@
+"""The expanded training set: its images against scipy, its file against one written in one go, whatever happened."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.interpolate import BSpline
+from scipy.ndimage import map_coordinates
+
+from fastmnist import files
+from fastmnist.beton.layout import PAGE_SIZE
+from fastmnist.beton.reader import Beton
+from fastmnist.cli.main import main
+from fastmnist.errors import FastmnistError
+from fastmnist.prepare import deform
+from fastmnist.prepare.deform import Deformer
+from fastmnist.prepare.expand import write_expanded
+from fastmnist.prepare.journal import Journal
+from fastmnist.prepare.prepare import compile_dataset
+
+NAMES = tuple("0123456789")
+COUNT, FACTOR = 30, 300  # make four pages, the last one not full
+PER_PAGE = PAGE_SIZE // 784
+
+
+@pytest.fixture(scope="module")
+def source(scratch, write_small_beton):
+    """A compiled file of 30 images, open."""
+    path = scratch() / "numbers-train.beton"
+    write_small_beton(path, COUNT, class_names=NAMES, dataset="numbers", split="train", source="memory")
+    with Beton(path) as file:
+        yield file
+
+
+@pytest.fixture(scope="module")
+def whole(source, scratch) -> bytes:
+    """The expanded file as it is when nothing comes between."""
+    path = scratch() / "whole.beton"
+    write_expanded(path, source, FACTOR)
+    return path.read_bytes()
+
+
+class Interruption(BaseException):
+    """As Ctrl-C raises."""
+
+
+def stop_after(samples: int):
+    def progress(done: int, count: int) -> None:
+        if done >= samples:
+            raise Interruption
+
+    return progress
+
+
+def interrupted(path: Path, source: Beton, pages: int, seed: int = 0) -> None:
+    """Writes until that many pages are there, and no more."""
+    with pytest.raises(Interruption):
+        write_expanded(path, source, FACTOR, seed, progress=stop_after(pages * PER_PAGE))
+    assert sorted(p.name for p in path.parent.iterdir()) == [f"{path.name}.journal", f"{path.name}.partial"]
+
+
+def resumed(path: Path, source: Beton, whole: bytes, seed: int = 0) -> int:
+    """Goes on to the end, holds the file against `whole`, and returns how many samples were kept."""
+    said: list[str] = []
+    write_expanded(path, source, FACTOR, seed, say=said.append)
+    assert path.read_bytes() == whole
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert len(said) <= 1
+    return int(said[0].split("from ")[1].split()[0].replace(",", "")) if said else 0
+
+
+# Images
+
+
+def reference(image: np.ndarray, seed: int, index: int) -> np.ndarray:
+    """Image (H, W, C) deformed as sample `index`, float64: plain numpy and scipy, from the random bits on."""
+    height, width, channels = image.shape
+    stream = np.random.Philox(np.random.SeedSequence([seed, 0, deform.EXPAND_STREAM]))
+    words = stream.random_raw((index + 1) * deform.WORDS)[-deform.WORDS :]
+    draws = np.array([int(word) >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)])
+    signed = draws / 32767.5 - 1
+    side = max(height, width)
+    points = signed[: 2 * 49].reshape(2, 7, 7) * (deform.ELASTIC * side)
+    turn, along, across, shear, shift_x, shift_y = signed[2 * 49 : 2 * 49 + 6]
+
+    knots = np.arange(-3, 8).astype(float)  # of four cells
+    down, right = (
+        BSpline.design_matrix(np.linspace(0, 4, n) if n > 1 else np.zeros(1), knots, 3).toarray()
+        for n in (height, width)
+    )
+    dx, dy = down @ points[0] @ right.T, down @ points[1] @ right.T
+
+    angle = 2 * np.arctan(turn * float(deform.HALF_ANGLE))
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    stretch = np.array([[1 + along * deform.SCALE, shear * deform.SHEAR], [0, 1 + across * deform.SCALE]])
+    centre = np.array([(width - 1) / 2, (height - 1) / 2])
+    shift = np.array([shift_x, shift_y]) * deform.SHIFT * side
+    y, x = np.mgrid[:height, :width]
+    places = np.einsum("ij,jhw->ihw", rotation @ stretch, np.stack([x, y]) - centre[:, None, None])
+    places += (centre + shift)[:, None, None]
+    where = [places[1] + dy, places[0] + dx]
+    planes = [
+        map_coordinates(image[..., c].astype(float), where, order=1, mode="grid-constant") for c in range(channels)
+    ]
+    return np.stack(planes, axis=-1)
+
+
+SHAPES = [(28, 28, 1), (28, 28, 3), (9, 7, 1), (5, 40, 2), (33, 4, 1), (2, 1, 1), (1, 1, 1)]
+
+
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**63 - 1), index=st.integers(0, 5000))
+def test_an_image_is_what_scipy_makes_of_it(shape, seed, index):
+    random = np.random.default_rng(seed)
+    count, size = 7, int(np.prod(shape))
+    data = random.integers(0, 256, count * size, np.uint8)
+    out = np.zeros((1, size), np.uint8)
+    Deformer(data, np.arange(count) * size, shape, seed)(index, out)
+    expected = reference(data.reshape(count, *shape)[index % count], seed, index)
+    assert np.abs(out.reshape(shape) - expected).max() <= 1
+
+
+@given(start=st.integers(0, 10**8), cuts=st.lists(st.integers(0, 700), max_size=4), seed=st.integers(0, 100))
+def test_an_image_is_the_same_in_any_part(source, start, cuts, seed):
+    deformer = Deformer(source.data, source.offsets, source.image_shape, seed)
+    at_once, in_parts = np.zeros((700, 784), np.uint8), np.zeros((700, 784), np.uint8)
+    deformer(start, at_once)
+    for low, high in pairwise([0, *sorted(cuts), 700]):
+        deformer(start + low, in_parts[low:high])
+    np.testing.assert_array_equal(in_parts, at_once)
+
+
+def test_every_seed_and_index_has_a_deformation_of_its_own(source):
+    one_image = source.offsets[:1]
+    out = np.zeros((2, 200, 784), np.uint8)
+    for seed in (0, 1):
+        Deformer(source.data, one_image, source.image_shape, seed)(0, out[seed])
+    assert len(np.unique(out.reshape(400, 784), axis=0)) == 400
+
+
+def test_images_change_with_the_version_alone():
+    """When this fails, raise VERSION: files that were written before are then replaced."""
+    images = (np.arange(50 * 784) * 2654435761 >> 13).astype(np.uint8)
+    out = np.zeros((500, 784), np.uint8)
+    Deformer(images, np.arange(50) * 784, (28, 28, 1), 0)(0, out)
+    assert (deform.VERSION, f"{zlib.crc32(out.tobytes()):08x}") == (1, "df66e2c5")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sums_are_exact(channels):
+    values = np.random.default_rng(0).integers(0, 256, channels * 100_001, np.uint8)
+    values[: 1 << 16] = 255
+    total, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+    deform.add_up(values, channels, total, squares)
+    wide = values.reshape(-1, channels).astype(np.int64)
+    np.testing.assert_array_equal(total, wide.sum(0))
+    np.testing.assert_array_equal(squares, (wide**2).sum(0))
+
+
+# The file
+
+
+def test_the_file_is_whole_and_says_what_it_is(source, whole, tmp_path):
+    path = tmp_path / "whole.beton"
+    path.write_bytes(whole)
+    with Beton(path, verify="full") as file:
+        np.testing.assert_array_equal(file.labels, np.tile(source.labels, FACTOR))
+        images = file.images(np.arange(len(file)))
+        expected = np.zeros((COUNT * FACTOR, 784), np.uint8)
+        Deformer(source.data, source.offsets, source.image_shape, 0)(0, expected)
+        np.testing.assert_array_equal(images.reshape(-1, 784), expected)
+        mean, std = file.moments
+        np.testing.assert_allclose([*mean, *std], [(images / 255).mean(), (images / 255).std()], rtol=1e-12)
+        assert file.class_names == NAMES
+        assert (file.integrity.dataset, file.integrity.split) == ("numbers", f"train-x{FACTOR}")
+        assert file.integrity.source == "memory; 300 times, seed 0, deformation 1"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_file_is_the_same_with_any_number_of_threads(source, whole, tmp_path, threads):
+    write_expanded(tmp_path / "a.beton", source, FACTOR, threads=threads)
+    assert (tmp_path / "a.beton").read_bytes() == whole
+
+
+def test_a_larger_file_begins_like_a_smaller_one(source, tmp_path):
+    for factor in (3, 5):
+        write_expanded(tmp_path / f"{factor}.beton", source, factor, seed=9)
+    small, large = Beton(tmp_path / "3.beton"), Beton(tmp_path / "5.beton")
+    first = np.arange(3 * COUNT)
+    np.testing.assert_array_equal(large.images(first), small.images(first))
+    np.testing.assert_array_equal(large.labels[first], small.labels)
+
+
+def test_images_of_three_channels(write_small_beton, tmp_path):
+    write_small_beton(tmp_path / "source.beton", 11, (6, 5, 3))
+    write_expanded(tmp_path / "a.beton", Beton(tmp_path / "source.beton"), 4)
+    with Beton(tmp_path / "a.beton", verify="full") as file:
+        images = file.images(np.arange(44))
+        assert images.shape == (44, 6, 5, 3)
+        np.testing.assert_allclose(file.moments[0], images.mean((0, 1, 2)) / 255, rtol=1e-12)
+
+
+def test_progress_counts_to_the_end(source, tmp_path):
+    seen = []
+    write_expanded(tmp_path / "a.beton", source, FACTOR, progress=lambda *step: seen.append(step))
+    total = COUNT * FACTOR
+    assert seen == [(done, total) for done in (PER_PAGE, 2 * PER_PAGE, 3 * PER_PAGE, total)]
+
+
+def test_memory_does_not_grow_with_the_file(write_small_beton, tmp_path):
+    """The tables of these two million samples have 80 MB, in the file."""
+    write_small_beton(tmp_path / "source.beton", 1000, (1, 1))
+    with Beton(tmp_path / "source.beton") as source:
+        write_expanded(tmp_path / "warm.beton", source, 1, threads=2)  # numba's own memory
+        tracemalloc.start()
+        write_expanded(tmp_path / "a.beton", source, 2000, threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (tmp_path / "a.beton").stat().st_size > 80e6
+    assert peak < 25e6
+
+
+@pytest.mark.ffcv
+@pytest.mark.filterwarnings("ignore")  # as in test_beton_ffcv.py
+def test_ffcv_reads_the_file(source, whole, tmp_path):
+    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    path = tmp_path / "whole.beton"
+    path.write_bytes(whole)
+    loader = Loader(
+        str(path),
+        batch_size=1000,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={"image": [NDArrayDecoder()], "label": [IntDecoder()]},
+    )
+    images, labels = zip(*((np.array(images), np.array(labels)) for images, labels in loader), strict=True)
+    ours = Beton(path)
+    np.testing.assert_array_equal(np.concatenate(images), ours.images(np.arange(len(ours)))[..., 0])
+    np.testing.assert_array_equal(np.concatenate(labels)[:, 0], ours.labels)
+    del loader
+    gc.collect()  # see test_beton_ffcv.py
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_an_interrupted_file_is_gone_on_with(source, whole, tmp_path, pages):
+    path = tmp_path / "a.beton"
+    interrupted(path, source, pages)
+    assert resumed(path, source, whole) == pages * PER_PAGE
+
+
+def test_interrupted_again_and_again(source, whole, tmp_path):
+    path = tmp_path / "a.beton"
+    for pages in (1, 1, 2, 3):
+        interrupted(path, source, pages)
+    assert resumed(path, source, whole) == 3 * PER_PAGE
+
+
+def test_interrupted_before_its_name(source, whole, tmp_path, monkeypatch):
+    """All is written, the name is not given."""
+    path = tmp_path / "a.beton"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastmnist.prepare.expand.os.replace", lambda *paths: stop_after(0)(0, 0))
+        with pytest.raises(Interruption):
+            write_expanded(path, source, FACTOR)
+    assert resumed(path, source, whole) == COUNT * FACTOR
+
+
+def test_a_killed_process_is_gone_on_from(source, whole, tmp_path):
+    path = tmp_path / "a.beton"
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from fastmnist.beton.reader import Beton
+        from fastmnist.prepare.expand import write_expanded
+        def progress(done, count):
+            if done >= int(sys.argv[4]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        write_expanded(Path(sys.argv[1]), Beton(sys.argv[2]), int(sys.argv[3]), progress=progress)
+    """
+    code = "\n".join(line[8:] for line in script.splitlines())
+    command = [sys.executable, "-c", code, path, source.path, str(FACTOR), str(2 * PER_PAGE)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert not path.exists()
+    assert resumed(path, source, whole) == 2 * PER_PAGE
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+# What is done to the partial file, where its pages start at `data`, and to its journal; how many of 3 pages are kept.
+SPOILERS = {
+    "first page": (lambda partial, journal, data: flip(partial, data + 5), 0),
+    "second page": (lambda partial, journal, data: flip(partial, data + PAGE_SIZE + 5), 1),
+    "last byte of a page": (lambda partial, journal, data: flip(partial, data + 2 * PAGE_SIZE - 1), 1),
+    "before the pages": (lambda partial, journal, data: flip(partial, data - 5), 3),
+    "in the header": (lambda partial, journal, data: flip(partial, 0), 3),
+    "page torn": (lambda partial, journal, data: os.truncate(partial, data + 2 * PAGE_SIZE + 700), 2),
+    "page of zeros": (lambda partial, journal, data: os.truncate(partial, data + 3 * PAGE_SIZE - 9), 2),
+    "more at the end": (lambda partial, journal, data: os.truncate(partial, data + 99 * PAGE_SIZE), 3),
+    "partial file gone": (lambda partial, journal, data: partial.unlink(), 0),
+    "journal gone": (lambda partial, journal, data: journal.unlink(), 0),
+    "journal empty": (lambda partial, journal, data: os.truncate(journal, 0), 0),
+    "journal's head torn": (lambda partial, journal, data: os.truncate(journal, 20), 0),
+    "journal's line torn": (lambda partial, journal, data: os.truncate(journal, journal.stat().st_size - 1), 2),
+    "journal's line wrong": (lambda partial, journal, data: flip(journal, journal.stat().st_size - 3), 2),
+    "journal's line no number": (lambda partial, journal, data: journal.write_bytes(journal.read_bytes()[:-5]), 2),
+    "journal of too many": (lambda partial, journal, data: journal.write_bytes(journal.read_bytes() + b"1" * 9), 3),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILERS)
+def test_what_was_spoiled_is_made_again(source, whole, tmp_path, spoiled):
+    path, (spoil, kept) = tmp_path / "a.beton", SPOILERS[spoiled]
+    interrupted(path, source, 3)
+    start = len(whole) - COUNT * FACTOR * 24 - 4 * PAGE_SIZE
+    spoil(path.with_name("a.beton.partial"), path.with_name("a.beton.journal"), start)
+    assert resumed(path, source, whole) == kept * PER_PAGE
+
+
+def test_what_another_seed_left_is_not_gone_on_with(source, whole, tmp_path):
+    path = tmp_path / "a.beton"
+    interrupted(path, source, 3, seed=1)
+    assert resumed(path, source, whole) == 0
+
+
+def test_what_another_source_left_is_not_gone_on_with(source, whole, write_small_beton, tmp_path, scratch):
+    other = scratch() / "other.beton"
+    write_small_beton(other, COUNT, seed=5, source="elsewhere")
+    path = tmp_path / "a.beton"
+    with Beton(other) as file:
+        interrupted(path, file, 2)
+    assert resumed(path, source, whole) == 0
+
+
+def test_a_second_process_is_kept_out(source, whole, tmp_path):
+    path = tmp_path / "a.beton"
+    interrupted(path, source, 2)
+    before = [p.read_bytes() for p in sorted(tmp_path.iterdir())]
+    with open(tmp_path / "a.beton.journal") as first:
+        files.fcntl.flock(first, files.fcntl.LOCK_EX)
+        with pytest.raises(FastmnistError, match=r"a\.beton: another process is writing it"):
+            write_expanded(path, source, FACTOR)
+    assert [p.read_bytes() for p in sorted(tmp_path.iterdir())] == before
+    assert resumed(path, source, whole) == 2 * PER_PAGE
+
+
+def test_a_journal_that_its_owner_deletes_is_opened_anew(tmp_path, monkeypatch):
+    """Between this process's opening and locking it the other one finishes."""
+    path = tmp_path / "journal"
+    path.write_bytes(b"old\n00000000\n")
+    lock, calls = files.fcntl.flock, []
+
+    def late(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            path.unlink()
+        if len(calls) == 2:
+            path.replace(tmp_path / "moved")
+            path.write_bytes(b"third\n")
+        lock(*arguments)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with Journal(path, "new") as notes:
+        notes.add(7)
+    assert len(calls) == 3
+    assert path.read_bytes() == b"new\n00000007\n"
+
+
+def test_a_journal_holds_what_was_kept_and_no_more(tmp_path):
+    path = tmp_path / "journal"
+    with Journal(path, "a long subject") as notes:
+        for checksum in (1, 2, 2**32 - 1):
+            notes.add(checksum)
+    with Journal(path, "a long subject") as notes:
+        assert notes.checksums == [1, 2, 2**32 - 1]
+        notes.keep(1)
+    assert path.read_bytes() == b"a long subject\n00000001\n"
+    with Journal(path, "short") as notes:
+        assert notes.checksums == []
+    assert path.read_bytes() == b"short\n"
+
+
+# The disk
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000))
+    with pytest.raises(FastmnistError, match=r"a\.beton: cannot be written: 11 MB are needed there, 1 MB are free"):
+        write_expanded(tmp_path / "a.beton", source, FACTOR)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_already_needs_no_more_room(source, whole, tmp_path, monkeypatch):
+    path = tmp_path / "a.beton"
+    interrupted(path, source, 3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=6_000_000))
+    assert resumed(path, source, whole) == 3 * PER_PAGE
+
+
+@pytest.fixture
+def data(tmp_path, write_dataset) -> Path:
+    """A folder with the four files of a tiny mnist."""
+    write_dataset(tmp_path / "data", train=COUNT, test=20)
+    return tmp_path / "data"
+
+
+def test_a_disk_that_runs_full_keeps_what_is_done(data, tmp_path, capsys):
+    """No file of the child may grow beyond 5 MB: one page."""
+    out, flags = tmp_path / "out", ["compile", "--data-dir", str(data), "--expand", str(FACTOR), "--output"]
+    code = f"import sys\nfrom fastmnist.cli.main import main\nsys.exit(main({[*flags, str(out)]!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000)),
+    )
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert "mnist-train-x300.beton: cannot be written: File too large; 11 MB are needed there" in line
+    assert main([*flags, str(out)]) == 0
+    assert f"going on from {PER_PAGE:,} of {COUNT * FACTOR:,} samples" in capsys.readouterr().out
+    assert main([*flags, str(tmp_path / "other")]) == 0
+    same = [folder.joinpath("mnist-train-x300.beton").read_bytes() for folder in (out, tmp_path / "other")]
+    assert same[0] == same[1]
+
+
+# From the command line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--expand", "0"], "--expand 0: must be at least 1"),
+        (["--expand", "-1"], "--expand -1: must be at least 1"),
+        (["--expand", "1.5"], "--expand"),
+        (["--expand", "many"], "--expand"),
+        (["--expand"], "--expand"),
+        (["--expand", "2", "--seed", "-1"], "--seed -1: must be 0 to"),
+        (["--expand", "2", "--seed", str(2**63)], "--seed"),
+    ],
+)
+def test_wrong_usage(data, tmp_path, capsys, flags, said):
+    assert main(["compile", "--data-dir", str(data), "--output", str(tmp_path / "out"), *flags]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastmnist: ")
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("factor", [10**9, 10**40])
+def test_a_factor_beyond_every_disk(data, tmp_path, capsys, factor):
+    out = tmp_path / "out"
+    assert main(["compile", "--data-dir", str(data), "--output", str(out), "--expand", str(factor)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "MB are needed there" in line
+    assert "unexpected" not in line
+    assert {path.name for path in out.iterdir()} == {"mnist-train.beton", "mnist-test.beton"}
+
+
+def test_ctrl_c_leaves_what_the_same_command_goes_on_with(data, tmp_path, capsys, monkeypatch):
+    command = ["compile", "--data-dir", str(data), "--output", str(tmp_path / "out"), "--expand", str(FACTOR)]
+
+    def press(self, path, done, total):
+        if path.name == "mnist-train-x300.beton" and done > PER_PAGE:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastmnist.system.progress.Reporter.compiling", press)
+        assert main(command) == 130
+    assert main(command) == 0
+    assert f"going on from {2 * PER_PAGE:,} of" in capsys.readouterr().out
+
+
+def compiled(data: Path, out: Path, *flags: object) -> tuple[str, int]:
+    """(status, inode) of the expanded file after `fastmnist compile`, by its JSON."""
+    report = out.parent / "report.json"
+    command = ["compile", "--data-dir", data, "--output", out, "--json", report, *flags]
+    assert main([str(word) for word in command]) == 0
+    [*usual, file] = json.loads(report.read_text())["files"]
+    assert [entry["split"] for entry in usual] == ["train", "test"]
+    path = Path(file["path"])
+    assert path == out / f"mnist-{file['split']}.beton"
+    with Beton(path, verify="full") as opened:
+        assert len(opened) == file["samples"]
+    return file["status"], path.stat().st_ino
+
+
+def test_a_current_file_is_left_alone_and_another_replaced(data, tmp_path, write_dataset):
+    out = tmp_path / "out"
+    status, first = compiled(data, out, "--expand", 2)
+    assert status == "written"
+    assert compiled(data, out, "--expand", 2) == ("current", first)
+    assert compiled(data, out, "--expand", 3)[0] == "written"
+    assert compiled(data, out, "--expand", 2) == ("current", first)
+    status, second = compiled(data, out, "--expand", 2, "--seed", 1)
+    assert status == "replaced: its source changed"
+    assert second != first
+    write_dataset(data, train=COUNT, test=20, seed=7)
+    assert compiled(data, out, "--expand", 2, "--seed", 1)[0] == "replaced: its source changed"
+    os.truncate(out / "mnist-train-x2.beton", 3000)
+    assert compiled(data, out, "--expand", 2, "--seed", 1)[0] == "replaced: it was damaged"
+
+
+def test_compile_dataset_makes_an_expanded_file_of_any_dataset(tmp_path):
+    *_, expanded = compile_dataset("digits", output=tmp_path, expand=2, seed=4)
+    train = Beton(tmp_path / "digits-train.beton")
+    with Beton(expanded.path, verify="full") as file:
+        assert (expanded.split, expanded.samples) == ("train-x2", 2 * len(train))
+        np.testing.assert_array_equal(file.labels, np.tile(train.labels, 2))
+    assert [file.split for file in compile_dataset("digits", output=tmp_path)] == ["train", "test"]

@@ -1,0 +1,170 @@
+"""The ladder: which rungs there are, what a row says, and what is left when one fails or Ctrl-C comes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from fastmnist.cli.main import main
+from fastmnist.config import TrainConfig
+from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.presets import PRESETS
+from fastmnist.report.ladder_chart import cells, ladder_markdown, more_accurate, notes, plot_ladder
+from fastmnist.runs import ladder as module
+from fastmnist.runs.ladder import GROUND, default_images, effect, ladder, rungs
+
+SPEEDS = {"plain DataLoader": 100.0, "2 workers": 99.0, "batched fetch": 150.0, "channels_last": 120.0}
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, fails: str = "", stops: str = "") -> list[TrainConfig]:
+    """speedrun without training: the speed of each rung is planned, and which configurations came is given back."""
+    seen: list[TrainConfig] = []
+    names = iter([rung.name for rung in rungs("cpu") if not rung.needs_gpu])
+
+    def speedrun(config: TrainConfig, seeds: int, **_: Any) -> Any:
+        name = next(names)
+        seen.append(config)
+        if name == fails:
+            raise FastmnistError("no such workers")
+        if name == stops:
+            raise KeyboardInterrupt
+        speed = SPEEDS.get(name, 200.0)
+        setup = {
+            "steps": 10,
+            "config": {"batch_size": 128},
+            "train_images": 60_000,
+            "compile_seconds": 0.5,
+            "amp": "off",
+            "compile": "off",
+            "dataset": "mnist",
+        }
+        runs = [1280 / speed] * seeds
+        return SimpleNamespace(setup=setup, seconds=runs, accuracies=[0.95] * seeds, interrupted=False)
+
+    monkeypatch.setattr(module, "speedrun", speedrun)
+    return seen
+
+
+def test_each_rung_changes_one_thing_and_keeps_the_rest() -> None:
+    """Every rung's settings exist, move something, and the whole ladder ends at the preset's own settings."""
+    for preset in ("cpu", "fast995"):
+        settings = dict(GROUND)
+        for rung in rungs(preset):
+            assert all(settings.get(name) != value for name, value in rung.settings.items()) or "recipe" in rung.name
+            settings |= rung.settings
+            TrainConfig(**settings)
+        wanted = {name: value for name, value in PRESETS[preset]().items() if name not in ("images_seen", "stem")}
+        assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = pretend(monkeypatch)
+    found = ladder(seeds=2, images=1280, device="cpu")
+    rows = {row["name"]: row for row in found.rows}
+    assert [rows[name]["effect"] for name in SPEEDS] == [None, "none", "faster", "slower"]
+    said = notes(found.rows)
+    assert "2 workers, no difference here: they need cores that the model leaves free" in said
+    assert [line for line in said if line.startswith("channels_last, slower here: it pays where")]
+    assert [line for line in said if line.startswith("CUDA graph, left out: there are no launches")]
+    assert not [line for line in said if line.startswith("batched fetch")]
+    assert ladder_markdown(found.to_dict()).count("\n|") == len(SPEEDS) + 5  # the rule, and four more rungs on a CPU
+    assert rows["batched fetch"]["over_below"] == pytest.approx(150 / 99)
+    assert rows["plain DataLoader"]["seconds_per_epoch"] == 600
+    assert rows["channels_last"]["over_below"] == pytest.approx(120 / 200)
+    assert "left_out" in rows["CUDA graph"]
+    assert seen[0].loader == "dataloader"
+    assert seen[-1].loader == "ours"
+    assert (seen[-1].learning_rate, seen[-1].optimizer) == (PRESETS["cpu"]()["learning_rate"], "sgd")
+    assert {config.images_seen for config in seen} == {1280}
+
+
+@pytest.mark.parametrize(
+    ("rates", "before", "expected"),
+    [
+        ([120, 121, 130], [99, 100, 101], "faster"),
+        ([80, 81, 90], [99, 100, 101], "slower"),
+        ([90, 110, 130], [99, 100, 101], "none"),  # the ranges meet
+        ([101, 102, 103], [98, 99, 100], "none"),  # less than 4 %
+        ([110], [100], "faster"),
+    ],
+)
+def test_what_is_called_faster(rates: list[float], before: list[float], expected: str) -> None:
+    assert effect(rates, before) == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "mean", "stdev", "below", "expected"),
+    [(3, 0.98, 0.001, 0.002, True), (3, 0.98, 0.001, 0.006, False), (1, 0.98, 0.0, 0.0, False), (3, 0.96, 0, 0, False)],
+)
+def test_when_a_rung_is_more_accurate(n: int, mean: float, stdev: float, below: float, expected: bool) -> None:
+    row = {"n": n, "test_accuracy": {"mean": mean, "stdev": stdev}}
+    assert more_accurate(row, {"n": 3, "test_accuracy": {"mean": 0.97, "stdev": below}}) is expected
+
+
+def test_every_rung_says_what_it_takes() -> None:
+    assert all(rung.why and rung.else_why for rung in rungs("cpu")[1:])
+    assert all(rung.instead for rung in rungs("cpu") if rung.needs_gpu)
+
+
+def test_a_rung_that_fails_costs_itself_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = pretend(monkeypatch, fails="2 workers")
+    found = ladder(seeds=1, device="cpu")
+    rows = {row["name"]: row for row in found.rows}
+    assert rows["2 workers"]["error"] == "no such workers"
+    assert seen[2].loader == "tuned"
+    assert rows["batched fetch"]["over_below"] == pytest.approx(1.5)  # over the last one that was measured
+    assert "failed: no such workers" in ladder_markdown(found.to_dict())
+    plot_ladder(found.to_dict(), [tmp_path / "a.svg"])
+    pretend(monkeypatch, fails="plain DataLoader")
+    with pytest.raises(FastmnistError, match="no such workers"):
+        ladder(device="cpu")
+
+
+def test_ctrl_c_keeps_the_rungs_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, stops="batched fetch")
+    found = ladder(device="cpu")
+    assert found.interrupted
+    assert [row["name"] for row in found.rows] == ["plain DataLoader", "2 workers"]
+    pretend(monkeypatch, stops="plain DataLoader")
+    with pytest.raises(KeyboardInterrupt):
+        ladder(device="cpu")
+
+
+def test_numbers_that_cannot_work() -> None:
+    with pytest.raises(ConfigError, match="--seeds 0: must be at least 1"):
+        ladder(seeds=0)
+    with pytest.raises(ConfigError, match="--images 10: must be at least 128"):
+        ladder(images=10)
+
+
+def test_from_the_command_line_with_real_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rungs of it, on digits: the plain DataLoader and the compiled file."""
+    some = [
+        rung for rung in rungs("cpu") if rung.name in ("plain DataLoader", "compiled file and Loader", "CUDA graph")
+    ]
+    monkeypatch.setattr(module, "rungs", lambda preset: some)
+    folder = tmp_path / "out"
+    flags = f"--dataset digits --quick --images 256 --device cpu --out {folder} --json {tmp_path / 'a.json'}"
+    assert main(["ladder", *flags.split()]) == 0
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["settings"] == {"seeds": 1, "images": 256, "device": "cpu", "dataset": "digits"}
+    assert [("left_out" in row, row["name"]) for row in content["rows"]] == [
+        (False, "plain DataLoader"),
+        (False, "compiled file and Loader"),
+        (True, "CUDA graph"),
+    ]
+    assert all(row["images_per_second"]["median"] > 0 for row in content["rows"][:2])
+    assert sorted(path.name for path in folder.iterdir()) == ["ladder.json", "ladder.md", "ladder.png", "ladder.svg"]
+    assert matplotlib.image.imread(folder / "ladder.png").shape[1] == 1500
+    assert "left out" in capsys.readouterr().out
+    name, speed, _, _, accuracy, _ = cells(content["rows"][1])
+    assert (name, "to" in speed, "±" in accuracy) == ("compiled file and Loader", False, False)  # of one seed
+    assert "per run, one seed; " in (folder / "ladder.md").read_text()
+    assert default_images("cpu") == 12_000

@@ -1,0 +1,96 @@
+"""The clock: medians with intervals that hold what they promise, and sides measured in turn."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import quantile_test
+
+from fastmnist.system.environment import commit, describe_hardware
+from fastmnist.system.statistics import LEAST_FOR_INTERVAL, in_turns, ratios, row, summarise
+
+VALUES = st.lists(st.floats(1e-9, 1e12), min_size=1, max_size=60)
+
+
+@given(VALUES)
+def test_median_and_range_are_numpys(values):
+    found = summarise(values)
+    assert found.median == np.median(values)
+    assert (found.min, found.max, found.n) == (min(values), max(values), len(values))
+    assert found.min <= found.low <= found.median <= found.high <= found.max
+
+
+@given(st.lists(st.floats(1e-9, 1e12), min_size=LEAST_FOR_INTERVAL, max_size=60, unique=True))
+def test_the_interval_is_that_of_scipys_quantile_test(values):
+    interval = quantile_test(values, p=0.5).confidence_interval(0.95)
+    found = summarise(values)
+    # scipy's is open to one side more where the tails' shares differ: ours leaves out equally many on both sides.
+    assert found.low == interval.low
+    assert found.high == interval.high
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    held = [s.low <= 1 <= s.high for s in (summarise(random.exponential(1 / np.log(2), 9)) for _ in range(4000))]
+    assert 0.95 <= np.mean(held) < 0.975  # 1 - 2 P(B <= 1) of Bin(9, 1/2) is 0.961
+
+
+def test_few_values_have_their_range_as_interval():
+    found = summarise([3.0, 1.0, 2.0])
+    assert (found.low, found.high) == (1.0, 3.0)
+
+
+def test_nothing_cannot_be_summarised():
+    with pytest.raises(ValueError, match="no value"):
+        summarise([])
+
+
+def test_overlap_is_symmetric_and_counts_a_common_end():
+    one, other, far = summarise([1, 2]), summarise([2, 3]), summarise([5, 6])
+    assert one.overlaps(other)
+    assert other.overlaps(one)
+    assert not one.overlaps(far)
+    assert not far.overlaps(one)
+
+
+def test_sides_are_measured_in_turn():
+    calls, turns = [], []
+    sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "abc"}
+    values = in_turns(sides, 30, on_turn=turns.append)
+    of_turns = [calls[at : at + 3] for at in range(0, 90, 3)]
+    assert all(sorted(of_turn) == ["a", "b", "c"] for of_turn in of_turns)
+    assert values == {name: [at + 1.0 for at, called in enumerate(calls) if called == name] for name in "abc"}
+    assert {of_turn[0] for of_turn in of_turns} == {"a", "b", "c"}, "no side is always the first"
+    assert turns == list(range(1, 31))
+
+
+def test_turns_end_in_time_but_not_before_the_least():
+    values = in_turns({"a": lambda: 1.0}, 100, until=time.perf_counter() - 1, least=4)
+    assert len(values["a"]) == 4
+
+
+def test_ratios_are_taken_turn_by_turn():
+    assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]).median == 3.0
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1.0], [1.0, 2.0])
+
+
+def test_a_row_says_what_it_is():
+    found = row("loader", "x", [1.0, 3.0], "images/s", {"date": "2026"}, {"batch_size": 2}, kind="ours")
+    assert found["median"] == 2.0
+    assert found["values"] == [1.0, 3.0]
+    assert (found["group"], found["name"], found["unit"], found["kind"]) == ("loader", "x", "images/s", "ours")
+    assert found["settings"] == {"batch_size": 2}
+    assert found["date"] == "2026"
+
+
+def test_hardware_in_one_line():
+    assert describe_hardware({"processor": "P", "cores": 1}) == "P, 1 core"
+    assert describe_hardware({"processor": "P", "cores": 2, "gpu": "T4"}) == "P, 2 cores, T4"
+
+
+def test_the_commit_is_that_of_a_checkout_or_unknown():
+    found = commit()
+    assert found is None or 12 <= len(found) <= 41
