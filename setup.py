@@ -57,6 +57,6 @@ setup(
         "tensorboard": TENSORBOARD,
         "export": EXPORT,
         "notebook": NOTEBOOK,
-        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML"],
+        "dev": [*TEST, "import-linter>=2", "mypy>=1.11", "ruff>=0.6", "types-PyYAML"],
     },
 )

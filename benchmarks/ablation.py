@@ -31,11 +31,11 @@ from fastmnist.config import TrainConfig
 from fastmnist.files import write_bytes
 from fastmnist.presets import preset_config
 from fastmnist.system.environment import describe_hardware, origin
+from fastmnist.system.machine import choose_device
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import in_turns, ratios
 from fastmnist.training.evaluate import evaluate_model
 from fastmnist.training.loop import Trainer
-from fastmnist.training.precision import choose_device
 from fastmnist.training.session import Session
 
 TURNS, TIMED_IMAGES = 7, 2048

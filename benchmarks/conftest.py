@@ -32,8 +32,8 @@ from fastmnist.files import write_bytes
 from fastmnist.measure.bench import bench_file
 from fastmnist.prepare.prepare import compiled_path
 from fastmnist.system.environment import origin, versions
+from fastmnist.system.machine import choose_device
 from fastmnist.system.statistics import ratios, row
-from fastmnist.training.precision import choose_device
 
 ROUNDS = 7  # at least 6: fewer values have no 95 % interval
 Seconds = float

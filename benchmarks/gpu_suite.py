@@ -51,10 +51,10 @@ from fastmnist.presets import TARGETS, preset_config
 from fastmnist.report.tables import gpu_table
 from fastmnist.runs.speedrun import speedrun
 from fastmnist.system.environment import origin
+from fastmnist.system.machine import choose_device
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import in_turns, ratios
 from fastmnist.training.loop import Trainer
-from fastmnist.training.precision import choose_device
 from fastmnist.training.session import Session, make_model, open_files
 
 LIMIT_SECONDS = 460

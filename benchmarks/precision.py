@@ -18,8 +18,8 @@ from common import arguments, report
 from fastmnist.config import Stem
 from fastmnist.loader.loader import Batch, Loader
 from fastmnist.prepare.prepare import prepare
+from fastmnist.system.machine import processor_flags
 from fastmnist.training.model import resnet18
-from fastmnist.training.precision import processor_flags
 
 BATCH_SIZE = 128
 STEPS = {"imagenet": 8, "stride2": 4, "cifar": 2}  # per turn, about a second each

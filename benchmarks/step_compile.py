@@ -24,8 +24,8 @@ import torch
 from common import arguments, report
 
 from fastmnist.presets import preset_config
+from fastmnist.system.machine import choose_device
 from fastmnist.system.progress import Reporter
-from fastmnist.training.precision import choose_device
 from fastmnist.training.session import Session
 
 LEFT_OUT = 5  # first steps

@@ -24,8 +24,8 @@ from fastmnist.prepare.prepare import prepare
 from fastmnist.presets import preset_config
 from fastmnist.runs.speedrun import speedrun
 from fastmnist.system.environment import origin
+from fastmnist.system.machine import choose_device
 from fastmnist.system.statistics import ratios, row
-from fastmnist.training.precision import choose_device
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ def test_every_public_name_is_there() -> None:
     for name in fastmnist.__all__:
         assert getattr(fastmnist, name) is not None
     assert set(dir(fastmnist)) >= {"Loader", "train", "write_beton"}
-    with pytest.raises(AttributeError, match="no attribute 'loader'"):
-        _ = fastmnist.loader
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fastmnist.nothing
 
 
 def test_version_is_the_installed_one() -> None:

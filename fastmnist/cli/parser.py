@@ -117,7 +117,7 @@ def without_folders(arguments: Sequence[str]) -> list[str]:
 def config_of(options: Any) -> tuple[TrainConfig, str]:
     """A run's configuration, and the name of the preset that it begins with."""
     from fastmnist.presets import choose_preset, preset_config
-    from fastmnist.training.precision import choose_device
+    from fastmnist.system.machine import choose_device
 
     name = choose_preset(options.preset, options.dataset, lambda: choose_device(options.device).type == "cuda")
     return preset_config(name, **run_settings(options)), name

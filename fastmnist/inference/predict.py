@@ -15,9 +15,9 @@ from fastmnist.inference.picture import read_picture
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.prepare.prepare import prepare
+from fastmnist.system.machine import choose_device
 from fastmnist.training.checkpoint import load_weights
 from fastmnist.training.evaluate import EVALUATION_BATCH, Evaluation, evaluate_model
-from fastmnist.training.precision import choose_device
 from fastmnist.training.run_folder import RunFolder
 
 

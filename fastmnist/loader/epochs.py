@@ -21,7 +21,7 @@ from fastmnist.beton.reader import Beton, Verify, open_again
 from fastmnist.errors import ConfigError, DataError, whole_number
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.order import EpochOrder, Kind, Uneven, Window
-from fastmnist.system.host import pick_device, process_rank
+from fastmnist.system.machine import choose_device
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
@@ -68,7 +68,7 @@ class EpochLoader(ABC):
         self.file = data if isinstance(data, Beton) else Beton(data, verify)
         self.file.check_unchanged()
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.device, self.dtype, self.augment = pick_device(device), dtype, augment
+        self.device, self.dtype, self.augment = choose_device(device), dtype, augment
         self.indices = self._checked_indices(indices)
         self._all = indices is None
         self._settle()
@@ -312,6 +312,21 @@ class _Epoch(Iterator[Batch]):
         if self.leads:
             loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
         return batch
+
+
+def process_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """(rank, world_size) as given, or as torch.distributed has them; raises ConfigError when they do not fit."""
+    if (rank is None) != (world_size is None):
+        raise ConfigError(f"rank {rank} and world_size {world_size} come together, or neither is given")
+    if rank is None or world_size is None:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 0, 1
+        return distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = whole_number("rank", rank), whole_number("world_size", world_size, 1)
+    if rank >= world_size:
+        raise ConfigError(f"rank {rank} must be 0 to world_size - 1, which is {world_size - 1}")
+    return rank, world_size
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from fastmnist.loader.kernels import gather
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.loader.order import EpochOrder, Kind, Uneven, Window
 from fastmnist.loader.windows import WindowReader
-from fastmnist.system.host import available_memory
+from fastmnist.system.machine import available_memory
 
 __all__ = ["DTYPES", "Batch", "Loader"]
 

@@ -20,8 +20,8 @@ from fastmnist.measure.client import SideError, SideProcess
 from fastmnist.measure.contenders import BY_NAME, OURS, PLAIN, SIDES, Side, Source
 from fastmnist.prepare.prepare import FALLBACK, CompileProgress, compile_dataset, prepare
 from fastmnist.system.environment import origin
+from fastmnist.system.machine import choose_device
 from fastmnist.system.statistics import in_turns, ratios, row
-from fastmnist.training.precision import choose_device
 
 EXPANDED = 60_000  # images that the embedded digits are deformed into, where there is no MNIST
 MOST_TURNS = 15

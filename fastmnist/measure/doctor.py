@@ -14,9 +14,9 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
 from fastmnist.measure.batches import BatchCount, Chained, kept, length_of, tensors_of, with_tensors
 from fastmnist.measure.loops import training_setup
-from fastmnist.system.host import pick_device
+from fastmnist.system.machine import choose_device, limit_periods
 from fastmnist.system.progress import Reporter
-from fastmnist.system.scheduling import CoreUse, Host, core_use, limit_periods, stopped_share, thread_times
+from fastmnist.system.scheduling import CoreUse, Host, core_use, stopped_share, thread_times
 from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
 
 Kind = Literal["loader", "copy", "model", "host"]
@@ -209,7 +209,7 @@ class _Examination:
         first = next(self.batches)
         tensors = list(tensors_of(first))
         on_gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        self.device = on_gpu if device is None and on_gpu is not None else pick_device(device)
+        self.device = on_gpu if device is None and on_gpu is not None else choose_device(device)
         self.synchronize()
         self.first_batch_seconds = time.perf_counter() - begun
         self.images = length_of(first) or None

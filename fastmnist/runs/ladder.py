@@ -13,9 +13,9 @@ from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.presets import PRESETS
 from fastmnist.runs.speedrun import Speedrun, speedrun, spread
 from fastmnist.system.environment import origin
+from fastmnist.system.machine import choose_device
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import summarise
-from fastmnist.training.precision import choose_device
 
 Progress = Callable[[str, float], None]
 # A gain or a loss below this share, or with ranges that meet, is called none: short runs move by as much.

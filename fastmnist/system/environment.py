@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from joblib import cpu_count
 
+from fastmnist.system.machine import processor_name
+
 PACKAGES = ("fastmnist", "torch", "torchvision", "numpy", "numba", "ffcv")
 
 
@@ -29,7 +31,7 @@ def versions() -> dict[str, str]:
 def hardware(device: torch.device) -> dict[str, str | int]:
     """Processor, cores that this process may use, threads that torch uses, and the GPU when it is one."""
     found: dict[str, str | int] = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -95,12 +97,3 @@ def describe_hardware(found: dict[str, Any]) -> str:
 def tuned_on(device: torch.device, image_shape: tuple[int, int, int], dataset: str) -> str:
     """What settings were tuned on, in one line; `train` compares it with what it runs on."""
     return f"{describe_hardware(hardware(device))}; {dataset}, {' x '.join(map(str, image_shape))}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

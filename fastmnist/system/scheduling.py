@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from joblib import cpu_count
 
-from fastmnist.system import host
+from fastmnist.system.machine import physical_cores
 from fastmnist.system.statistics import Summary
 
-PROCESSES, PROCESSORS = Path("/proc"), Path("/sys/devices/system/cpu")
+PROCESSES = Path("/proc")
 NANOSECONDS = 1e-9
 ThreadTimes = dict[tuple[int, int], tuple[int, int]]
 
@@ -197,28 +197,6 @@ def core_use(before: ThreadTimes, after: ThreadTimes, seconds: float) -> CoreUse
     return CoreUse(seconds, own[0], own[1], len(awake), workers[0], workers[1])
 
 
-def physical_cores() -> int:
-    """The cores that this process may use, two hyperthreads of one core counted once: torch's default of threads."""
-    allowed = cpu_count()
-    with suppress(OSError, AttributeError):  # AttributeError: not Linux
-        siblings = {
-            (PROCESSORS / f"cpu{number}" / "topology" / "thread_siblings_list").read_text()
-            for number in os.sched_getaffinity(0)
-        }
-        return int(min(allowed, len(siblings)))
-    return int(allowed)
-
-
-def limit_periods() -> list[tuple[int, int]]:
-    """(periods in which it was stopped, all periods) of each control group of this process that has a CPU limit."""
-    counts = []
-    for file in _cpu_stat_files():
-        with suppress(OSError, ValueError, KeyError):
-            found = dict(line.split() for line in file.read_text().splitlines())
-            counts.append((int(found["nr_throttled"]), int(found["nr_periods"])))
-    return counts
-
-
 def stopped_share(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]) -> float | None:
     """The largest share of periods in which a group was stopped between two calls of `limit_periods`.
 
@@ -230,20 +208,3 @@ def stopped_share(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, 
         if periods > all_before:
             shares.append((stopped - stopped_before) / (periods - all_before))
     return max(shares, default=None)
-
-
-def _cpu_stat_files() -> list[Path]:
-    """cpu.stat of this process's groups and of those around them, the old and the new kind."""
-    try:
-        lines = host.GROUPS_OF_THIS_PROCESS.read_text().splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        folder = host.CONTROL_GROUPS / "cpu" if controllers else host.CONTROL_GROUPS
-        place = folder / name.lstrip("/")
-        files += [around / "cpu.stat" for around in (place, *place.parents) if around.is_relative_to(folder)]
-    return files

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from fastmnist.errors import ConfigError
+from fastmnist.system.machine import processor_flags
 
 # Seconds that a cold torch.compile of a ResNet-18 takes, forward and backward, and the share of a recorded step that it
 # saves (H200, torch 2.11, batch 256: 24 s, in a later process some 10 s; 1.42 ms became 0.89).
@@ -33,28 +33,6 @@ class Precision:
     @property
     def name(self) -> str:
         return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[self.amp]
-
-
-def choose_device(asked: str) -> torch.device:
-    """The device by name; "auto" takes the GPU when there is one. Raises ConfigError when there is no such device."""
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {asked} cannot be used here: {reason}; leave it out or say cpu") from error
-    return device
-
-
-def processor_flags() -> set[str]:
-    """What Linux says that the processor can do; empty where there is no such list."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
 def choose_precision(asked: str, device: torch.device) -> Precision:

@@ -22,13 +22,14 @@ from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.loader import Loader
 from fastmnist.prepare.prepare import CompileProgress, prepare
+from fastmnist.system.machine import choose_device
 from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU, Evaluation, evaluate_model
 from fastmnist.training.live_taps import use_live_taps
 from fastmnist.training.loop import DEFAULT_RATES, Trainer
 from fastmnist.training.model import build_model, count_parameters, stop_counting
 from fastmnist.training.overlap import overlap
-from fastmnist.training.precision import Precision, choose_compile, choose_device, choose_precision
+from fastmnist.training.precision import Precision, choose_compile, choose_precision
 
 if TYPE_CHECKING:
     from fastmnist.system.progress import Reporter

@@ -21,8 +21,8 @@ from fastmnist.loader import order as order_module
 from fastmnist.loader import windows as paging
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.order import EpochOrder, epoch_order, quasi_random_order
-from fastmnist.system import host
-from fastmnist.system.host import available_memory
+from fastmnist.system import machine
+from fastmnist.system.machine import available_memory
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +192,8 @@ GROUPS = {
 def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A container's memory is what its group may have, not what the machine has."""
     lines, folder, limit, usage = GROUPS[kind]
-    monkeypatch.setattr(host, "CONTROL_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(host, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")
     whole = available_memory()
     (tmp_path / "cgroup").write_text(lines)
     assert available_memory() > 0.5 * whole

@@ -30,10 +30,11 @@ from fastmnist.measure import doctor as module
 from fastmnist.measure.batches import length_of, with_tensors
 from fastmnist.measure.doctor import Diagnosis, Evidence, diagnose_training, doctor, judge
 from fastmnist.measure.loops import training_setup
-from fastmnist.system import scheduling
+from fastmnist.system import machine, scheduling
 from fastmnist.system import statistics as clock_module
+from fastmnist.system.machine import physical_cores
 from fastmnist.system.progress import Reporter
-from fastmnist.system.scheduling import CoreUse, Host, core_use, physical_cores, thread_times
+from fastmnist.system.scheduling import CoreUse, Host, core_use, thread_times
 from fastmnist.system.statistics import Summary
 from fastmnist.training.loop import Trainer
 
@@ -230,7 +231,7 @@ class Device:
                 return tensor.as_subclass(Tensor)
             return tensor
 
-        patch.setattr(module, "pick_device", lambda asked: device)
+        patch.setattr(module, "choose_device", lambda asked: device)
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         patch.setattr(torch.Tensor, "to", to)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -525,7 +526,7 @@ def test_too_few_seconds(pausing: Callable[[Any], None]) -> None:
 
 
 def test_a_device_that_is_not_there(light: Callable[[Any], None]) -> None:
-    with pytest.raises(ConfigError, match="no such device"):
+    with pytest.raises(ConfigError, match="gpu"):
         doctor(batches(), light, device="gpu")
 
 
@@ -635,17 +636,17 @@ def test_a_new_thread_counts_in_full_and_an_old_one_by_its_difference() -> None:
     ("line", "place"), [("0::/a/b", "a/b"), ("0::/", ""), ("4:cpu,cpuacct:/x", "cpu/x"), ("3:memory:/x", None)]
 )
 def test_a_cpu_limit(monkeypatch: pytest.MonkeyPatch, tmp_path, line: str, place: str | None) -> None:
-    monkeypatch.setattr(scheduling.host, "CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(scheduling.host, "GROUPS_OF_THIS_PROCESS", tmp_path / "groups")
-    assert scheduling.limit_periods() == []
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "groups")
+    assert machine.limit_periods() == []
     (tmp_path / "groups").write_text(line + "\n")
     folder = tmp_path / (place or "")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu.stat").write_text("usage_usec 1\nnr_periods 10\nnr_throttled 4\nthrottled_usec 5\n")
     if place is None:
-        assert scheduling.limit_periods() == []
+        assert machine.limit_periods() == []
         return
-    before = scheduling.limit_periods()
+    before = machine.limit_periods()
     assert before == [(4, 10)]
     assert scheduling.stopped_share(before, before) is None
     assert scheduling.stopped_share(before, [(7, 20)]) == pytest.approx(0.3)
