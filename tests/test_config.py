@@ -11,42 +11,6 @@ from fastmnist.cli.main import build_parser
 from fastmnist.config import GROUPS, TrainConfig, flag
 from fastmnist.errors import ConfigError
 
-# The command line is a contract: a change here breaks somebody's script.
-# fmt: off
-TRAIN_FLAGS = [
-    "--amp", "--augment", "--batch-size", "--batches-ahead", "--cache-dir", "--channels-last", "--compile",
-    "--config", "--data-dir", "--dataset", "--debug", "--device", "--epochs", "--images-seen", "--json",
-    "--label-smoothing", "--learning-rate", "--live-taps", "--loader", "--log-every", "--model", "--momentum",
-    "--no-augment", "--no-channels-last", "--no-live-taps", "--no-os-cache", "--no-quiet",
-    "--no-tensorboard", "--optimizer", "--order", "--os-cache", "--out", "--persistent-workers", "--pin-memory",
-    "--placement", "--prefetch", "--prefetch-factor", "--preset", "--quiet", "--resume",
-    "--rotation", "--scale", "--seed", "--shift", "--stem", "--tensorboard", "--threads", "--tuned-on",
-    "--val-size", "--verify", "--warmup", "--weight-decay", "--workers",
-]
-# fmt: on
-
-
-def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as end:
-        build_parser().parse_args([command, "--help"])
-    assert end.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_the_flags_of_train_are_these(capsys: pytest.CaptureFixture[str]) -> None:
-    words = help_of("train", capsys).replace(",", " ").replace("[", " ").replace("]", " ").split()
-    found = {word for word in words if word.startswith("--")} - {"--help", "--print-config", "--print-shtab"}
-    assert sorted(found) == sorted(TRAIN_FLAGS)
-
-
-@pytest.mark.parametrize("command", ["compile", "verify", "train", "evaluate", "predict"])
-def test_every_flag_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = help_of(command, capsys).splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith("  -"):
-            described = len(line.split("  ")) > 2 or lines[number + 1].startswith(" " * 20)
-            assert described, line
-
 
 def test_groups_hold_every_setting_once() -> None:
     named = [field.name for group in GROUPS for field in fields(group)]
