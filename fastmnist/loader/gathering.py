@@ -19,7 +19,7 @@ from fastmnist.loader.normalise import normalisation_table
 from fastmnist.loader.warp import gather_warped
 
 # Output of one call of a kernel: less does not pay for calling a helper, more does not stay in its core's cache
-# (benchmarks/loader.py; on 2 cores 0.8 to 2.4 MB did equally well).
+# (on 2 cores 0.8 to 2.4 MB did equally well).
 CALL_BYTES = 1600 << 10
 MOST_TOGETHER = 32  # batches in one call
 CALLS_BEFORE_OTHERS = 8  # of an epoch, before helpers are given other work

@@ -65,7 +65,7 @@ def quasi_random_order(
     """An order that visits pages in random order, `window` of them at a time, so that a reader keeps few in memory.
 
     Within a window all positions are shuffled; with as many pages as that or fewer, every order is equally likely.
-    With more, benchmarks/shuffling.py measures how far it is from that.
+    With more, benchmarks/research/shuffling.py measures how far it is from that.
 
     Args:
         pages: (n,) integers of at least 0, the page that each position is on.

@@ -1,31 +1,32 @@
-"""How far the quasi-random order is from a uniform shuffle.
+"""Distance of the quasi-random order from a uniform shuffle.
 
-    python benchmarks/shuffling.py --output benchmarks/results/shuffling.json
+    python benchmarks/research/shuffling.py --output benchmarks/results/shuffling.json
 
-For files of 60,000 and 8.1 million images of 784 bytes as we write them (pages of 2 MiB, 32 of which are shuffled
-together), over many epochs, beside the uniform shuffle of the same number:
+Evidence for shuffling files larger than memory by windows of 32 pages of 2 MiB (loader/order.py). For files of 60,000
+and of 8.1 million images of 784 bytes, over many epochs, both orders give:
 
-- place: Kolmogorov and Smirnov's distance between the place of a sample in an epoch (0 to 1) and the uniform
-  distribution, over the epochs, the mean of some samples; what chance alone gives is about 0.87 / sqrt(epochs).
-- neighbours: how far apart two samples that are neighbours in the file come, on average, over the third of an epoch
-  that two samples of a uniform shuffle are apart.
-- overlap: the share of the samples of an epoch's first half that are in the next epoch's first half too; 0.5 in a
-  uniform shuffle, and its standard deviation over epochs tells how unevenly the halves are drawn.
+- place: the Kolmogorov-Smirnov distance between a sample's place in an epoch (0 to 1) and the uniform distribution,
+  averaged over some samples; chance alone gives about 0.87 / sqrt(epochs).
+- neighbours: the mean distance in an epoch of two samples that are neighbours in the file, over the third of an epoch
+  that separates them in a uniform shuffle.
+- overlap: the share of an epoch's first half that is in the next epoch's first half too; 0.5 in a uniform shuffle. Its
+  standard deviation over epochs tells how unevenly the halves are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import report
+import torch
 from scipy import stats
 
 from fastmnist.beton.writer import PAGE_SIZE
+from fastmnist.cli.parser import write_json
 from fastmnist.loader.order import WINDOW_PAGES, epoch_order, quasi_random_order
+from fastmnist.system.environment import origin
 
 IMAGE_SIZE, WATCHED = 784, 200
 
@@ -55,21 +56,21 @@ def measure(count: int, epochs: int, order: Callable[[int], np.ndarray]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--output", required=True, help="JSON file for the result")
     parser.add_argument("--epochs", type=int, default=60)
     options = parser.parse_args()
     rows = []
     for count, epochs in ((60_000, 10 * options.epochs), (8_100_000, options.epochs)):
         pages = np.arange(count) // (PAGE_SIZE // IMAGE_SIZE)
-        sides: dict[str, Callable[[int], np.ndarray]] = {
+        orders: dict[str, Callable[[int], np.ndarray]] = {
             "quasi_random": lambda epoch, pages=pages: quasi_random_order(pages, 0, epoch)[0],
             "random": lambda epoch, count=count: epoch_order(np.arange(count), 0, epoch),
         }
-        for name, order in sides.items():
+        for name, order in orders.items():
             row = {"order": name, "images": count, "pages": int(pages[-1]) + 1, "window_pages": WINDOW_PAGES}
             rows.append(row | measure(count, epochs, order))
             print(rows[-1], flush=True)
-    report({"rows": rows}, options.output)
+    write_json(options.output, {"rows": rows, **origin(torch.device("cpu"))})
 
 
 if __name__ == "__main__":

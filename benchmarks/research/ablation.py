@@ -1,40 +1,39 @@
-"""What each way to train in less time is worth on this machine: accuracy on held-out images, and seconds.
+"""Accuracy and seconds of each way to train faster: one change to the cpu preset per row.
 
-    python benchmarks/ablation.py --data-dir FOLDER --output benchmarks/results/ablation.json --table docs/ablation.md
+    python benchmarks/research/ablation.py --data-dir FOLDER --output benchmarks/results/ablation.json \\
+        --table docs/ablation.md
 
-Each row changes one thing in the cpu preset and trains it with the same seeds on 55,000 images; the accuracy is that on
-the 5,000 that are held out, so nothing here is chosen on the test set. Accuracies and seconds come from separate
-runs: all seeds of a row for the accuracy, and for the seconds a few steps of all rows in turn, of which the table gives
-the ratio to the preset's. Rows whose way is a setting of `train` say so; the others are written out here, and were not
-taken into the package.
+Evidence for what the cpu preset takes (live taps, bfloat16, batch 128) and what it leaves out. All rows train with the
+same seeds on 55,000 images; the accuracy is that on the 5,000 held out, so the test set chooses nothing. Seconds come
+from runs of their own: some steps of all rows in turn, as a ratio to the preset's. A change that is no setting of
+`train` is written out here and was not taken into the package.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import arguments
 from torch import nn
 from torch.nn import functional
 
+from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
 from fastmnist.files import write_bytes
 from fastmnist.presets import preset_config
 from fastmnist.system.environment import describe_hardware, origin
-from fastmnist.system.machine import choose_device
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import in_turns, ratios
-from fastmnist.training.evaluate import evaluate_model
 from fastmnist.training.loop import Trainer
 from fastmnist.training.session import Session
 
@@ -231,44 +230,28 @@ def without_easy_images(trainer: Trainer) -> None:
 
 
 def ways(config: TrainConfig) -> list[Way]:
-    """Each with one thing changed, the preset itself first."""
-    rate = config.learning_rate or 0.1
+    """The preset itself, then one change each."""
+    rate, size, decay = config.learning_rate or 0.1, config.batch_size, config.weight_decay
+    larger = {"batch_size": 2 * size, "learning_rate": rate * 1.4}
     return [
         Way("the cpu preset"),
         Way("all taps, as in torchvision", {"live_taps": False}),
         Way("float32", {"amp": "off"}),
         Way("float32, all taps", {"amp": "off", "live_taps": False}),
-        Way(
-            "batches of half the size, rate over 1.4",
-            {"batch_size": config.batch_size // 2, "learning_rate": rate / 1.4},
-        ),
-        Way(
-            "batches of twice the size, rate times 1.4",
-            {"batch_size": config.batch_size * 2, "learning_rate": rate * 1.4},
-        ),
+        Way("batches of half the size, rate over 1.4", {"batch_size": size // 2, "learning_rate": rate / 1.4}),
+        Way("batches of twice the size, rate times 1.4", larger),
         Way("twice the learning rate", {"learning_rate": rate * 2}),
         Way("AdamW, rate 0.003", {"optimizer": "adamw", "learning_rate": 0.003, "weight_decay": 0.02}),
         Way("Muon, rate 0.02", {}, muon),
         Way("momentum 0.8", {"momentum": 0.8}),
-        Way("four times the weight decay", {"weight_decay": config.weight_decay * 4}),
+        Way("four times the weight decay", {"weight_decay": decay * 4}),
         Way("no label smoothing", {"label_smoothing": 0.0}),
         Way("no augmentation", {"augment": False}),
         Way("twice the augmentation", {"shift": config.shift * 2, "rotation": config.rotation * 2}),
         Way("averaged weights", {}, averaged_weights),
         Way("Lookahead, 5 steps, half the way", {}, lookahead),
-        Way(
-            "batches of twice the size, in halves at first",
-            {"batch_size": config.batch_size * 2, "learning_rate": rate * 1.4},
-            smaller_batches_first,
-        ),
-        Way(
-            "twice the size, four times the weight decay",
-            {
-                "batch_size": config.batch_size * 2,
-                "learning_rate": rate * 1.4,
-                "weight_decay": config.weight_decay * 4,
-            },
-        ),
+        Way("batches of twice the size, in halves at first", larger, smaller_batches_first),
+        Way("twice the size, four times the weight decay", larger | {"weight_decay": decay * 4}),
         Way("residual blocks begin as the identity", {}, zero_last_gamma),
         Way("3x3 convolutions begin as the identity", {}, dirac_convolutions),
         Way("first layer begins whitened", {}, whitened_stem),
@@ -279,98 +262,85 @@ def ways(config: TrainConfig) -> list[Way]:
 
 
 @contextmanager
-def beginning(way: Way, config: TrainConfig, seed: int) -> Iterator[tuple[Trainer, Any, Any]]:
-    """(trainer, validation loader, moments) with the way's change made."""
+def changed(way: Way, config: TrainConfig, seed: int) -> Iterator[Session]:
+    """A run before its first step, with the way's change made."""
     with Session(replace(config, **way.settings, seed=seed), Reporter(quiet=True)) as session:
         way.change(session.trainer)
         refresh(session.trainer)
-        yield session.trainer, session.loaders.validation, session.files.train.moments
+        yield session
 
 
 def accuracy(way: Way, config: TrainConfig, seed: int) -> float:
-    with beginning(way, config, seed) as (trainer, validation, moments):
-        while trainer.step < trainer.steps:
-            trainer.run_epoch()
-        return evaluate_model(trainer.model, validation, *moments).accuracy
+    with changed(way, config, seed) as session:
+        while session.trainer.step < session.trainer.steps:
+            session.trainer.run_epoch()
+        return session.evaluate(session.loaders.validation).accuracy
 
 
-def seconds(way: Way, config: TrainConfig) -> Callable[[], float]:
-    """What measures seconds per image, over some steps from different parts of a run."""
-
-    def measure() -> float:
-        with beginning(way, config, 0) as (trainer, _, _):
-            size, taken, seen = trainer.loader.batch_size, 0.0, 0
-            transforms = trainer.transforms(0)
-            batches = iter(trainer.loader)
-            trainer.model.train()
-            each = max(1, TIMED_IMAGES // 4 // size)
-            for part in (0.0, 0.2, 0.55, 0.9):
-                trainer.step = int(part * trainer.steps)
-                for at in range(each + 1):
-                    images, labels = next(batches)
-                    moves = None if transforms is None else transforms[: len(labels)]
-                    begun = time.perf_counter()
-                    trainer.load(images, labels, moves, 0)
-                    trainer.train_step(0)
-                    trainer.synchronize()
-                    if at:  # the first step of a part warms up
-                        taken += time.perf_counter() - begun
-                        seen += size
-            return taken / seen
-
-    return measure
+def seconds_per_image(way: Way, config: TrainConfig) -> float:
+    """Over some steps from four parts of a run."""
+    with changed(way, config, 0) as session:
+        trainer, taken, seen = session.trainer, 0.0, 0
+        size, transforms = trainer.loader.batch_size, trainer.transforms(0)
+        batches = iter(trainer.loader)
+        trainer.model.train()
+        for part in (0.0, 0.2, 0.55, 0.9):
+            trainer.step = int(part * trainer.steps)
+            for at in range(max(1, TIMED_IMAGES // 4 // size) + 1):
+                images, labels = next(batches)
+                begun = time.perf_counter()
+                trainer.load(images, labels, None if transforms is None else transforms[: len(labels)], 0)
+                trainer.train_step(0)
+                trainer.synchronize()
+                if at:  # the first step of a part warms up
+                    taken += time.perf_counter() - begun
+                    seen += size
+        return taken / seen
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True, help="folder with MNIST's four IDX files")
+    parser.add_argument("--output", required=True, help="JSON file for the rows")
+    parser.add_argument("--table", type=Path, required=True, help="Markdown file for the table")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--table", type=Path, help="Markdown file for the table")
     options = parser.parse_args()
-    device = choose_device(options.device)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:
-        where = {"dataset": "mnist", "data_dir": str(options.data_dir), "cache_dir": cache, "device": str(device)}
-        config = preset_config(options.preset, **where, log_every=2**31)
+        where = {"dataset": "mnist", "data_dir": options.data_dir, "cache_dir": cache, "device": "cpu"}
+        config = preset_config("cpu", **where, log_every=2**31)
         some = ways(config)
-        timed = in_turns({way.name: seconds(way, config) for way in some}, options.turns)
-        rows: list[dict[str, Any]] = []
+        timed = in_turns({way.name: partial(seconds_per_image, way, config) for way in some}, options.turns)
         for way in some:
-            found = [accuracy(way, config, seed) for seed in range(options.seeds)]
-            rows.append(
-                {
-                    "name": way.name,
-                    "settings": way.settings,
-                    "n": len(found),
-                    "val_accuracy_mean": statistics.fmean(found),
-                    "val_accuracy_stdev": statistics.stdev(found) if len(found) > 1 else 0.0,
-                    "val_accuracies": found,
-                    "seconds_over_preset": ratios(timed[way.name], timed[some[0].name]).to_dict(),
-                }
-            )
-            print(
-                f"{rows[-1]['val_accuracy_mean']:.3%}  {rows[-1]['seconds_over_preset']['median']:.2f}  {way.name}",
-                flush=True,
-            )
-    result = {"preset": options.preset, "config": config.recipe(), "rows": rows, **origin(device)}
-    if options.output is not None:
-        write_bytes(options.output, (json.dumps(result, indent=2) + "\n").encode())
-    if options.table is not None:
-        write_bytes(options.table, table(result).encode())
+            accuracies = [accuracy(way, config, seed) for seed in range(options.seeds)]
+            row = {
+                "name": way.name,
+                "settings": way.settings,
+                "n": len(accuracies),
+                "val_accuracy_mean": statistics.fmean(accuracies),
+                "val_accuracy_stdev": statistics.stdev(accuracies),
+                "val_accuracies": accuracies,
+                "seconds_over_preset": ratios(timed[way.name], timed[some[0].name]).to_dict(),
+            }
+            rows.append(row)
+            print(f"{row['val_accuracy_mean']:.3%}  {row['seconds_over_preset']['median']:.2f}  {way.name}", flush=True)
+    result = {"preset": "cpu", "config": config.recipe(), "rows": rows, **origin(torch.device("cpu"))}
+    write_json(options.output, result)
+    write_bytes(options.table, table(result).encode())
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown, with where they come from."""
     rows = result["rows"]
-    seeds, turns = rows[0]["n"], rows[0]["seconds_over_preset"]["n"]
     lines = [
         "# What each way to train faster is worth",
         "",
-        f"Each row changes one thing in the `{result['preset']}` preset. Accuracy: on 5,000 held-out images, mean",
-        f"and standard deviation of {seeds} seeds. Seconds: per image of a training step, over the preset's,",
-        f"median and interval of {turns} turns. {describe_hardware(result['hardware'])}, torch",
-        f"{result['versions']['torch']}, {result['date'][:10]}; made by `python benchmarks/ablation.py`.",
+        "Each row changes one thing in the `cpu` preset. Accuracy: on 5,000 held-out images, mean",
+        f"and standard deviation of {rows[0]['n']} seeds. Seconds: per image of a training step, over the preset's,",
+        f"median and interval of {rows[0]['seconds_over_preset']['n']} turns. {describe_hardware(result['hardware'])}, "
+        "torch",
+        f"{result['versions']['torch']}, {result['date'][:10]}; made by `python benchmarks/research/ablation.py`.",
         "",
         "| changed | accuracy | seconds over the preset's |",
         "| --- | ---: | ---: |",
