@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmnist.cli.main import build_parser
+from fastmnist.cli.main import parse
+from fastmnist.cli.parser import run_settings
 from fastmnist.config import GROUPS, TrainConfig, flag
 from fastmnist.errors import ConfigError
 
@@ -48,8 +49,18 @@ def test_a_value_that_cannot_work_is_refused_by_its_flag(name: str, value: float
 def test_a_config_file_sets_what_the_flags_set(tmp_path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("epochs: 7\nstem: cifar\naugment: false\n")
-    parsed = build_parser().parse_args(["train", "--config", str(file), "--epochs", "8", "--tensorboard"]).train
+    parsed = parse(["train", "--config", str(file), "--epochs", "8", "--tensorboard"])
     assert (parsed.epochs, parsed.stem, parsed.augment, parsed.tensorboard) == (8, "cifar", False, True)
+
+
+def test_a_printed_configuration_holds_what_was_given_and_config_takes_it(tmp_path, capsys) -> None:
+    file, flags = tmp_path / "c.yaml", ["--epochs", "3", "--no-augment", "--loader", "tuned", "--workers", "0"]
+    with pytest.raises(SystemExit) as end:
+        parse(["train", *flags, "--print-config"])
+    assert end.value.code == 0
+    file.write_text(capsys.readouterr().out)
+    expected = {"epochs": 3.0, "augment": False, "loader": "tuned", "workers": 0}
+    assert run_settings(parse(["train", "--config", str(file)])) == run_settings(parse(["train", *flags])) == expected
 
 
 def test_settings_of_loaders_come_from_a_file_and_from_flags(tmp_path) -> None:
@@ -57,7 +68,7 @@ def test_settings_of_loaders_come_from_a_file_and_from_flags(tmp_path) -> None:
     names = ("order", "workers", "prefetch_factor", "persistent_workers", "pin_memory", "batches_ahead", "os_cache")
 
     def parsed(*arguments: str) -> list:
-        values = build_parser().parse_args(["train", *arguments]).train
+        values = parse(["train", *arguments])
         TrainConfig(**{name: getattr(values, name) for name in TrainConfig.__dataclass_fields__})
         return [getattr(values, name) for name in (*names, "tuned_on")]
 
@@ -80,7 +91,7 @@ def test_a_tuned_file_of_an_older_version_is_read_and_one_line_names_what_went(v
         "# Found by fastmnist tune.\nloader: ours\nbatch_size: 64\norder: auto\nplacement: auto\nthreads: 2\n"
         f"prefetch: 3\nreuse_buffers: {value}\ntuned_on: a machine\n"
     )
-    parsed = build_parser().parse_args(["train", "--config", str(file)]).train
+    parsed = parse(["train", "--config", str(file)])
     assert (parsed.batch_size, parsed.threads) == (64, 2)
     assert not hasattr(parsed, "reuse_buffers")
     said = capsys.readouterr().err.splitlines()
@@ -133,4 +144,4 @@ def test_a_yes_or_no_that_is_neither_is_refused_by_its_flag(name: str, tmp_path)
     file.write_text(f"{name}: maybe\n")
     for arguments in (["--config", str(file)], [flag(name), "maybe"], [flag(name)]):
         with pytest.raises(ConfigError, match=flag(name)):
-            build_parser().parse_args(["train", *arguments])
+            parse(["train", *arguments])

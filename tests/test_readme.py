@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmnist.cli.main import build_parser
+from fastmnist.cli.main import parse
 from fastmnist.report.ladder_chart import ladder_markdown
 from fastmnist.report.tables import gpu_table, markdown, step_table, time_table
 
@@ -66,7 +66,7 @@ def test_the_command_line_takes_what_the_pages_say(command: str, tmp_path: Path)
     file = tmp_path / "config.yaml"
     file.write_text("epochs: 2\n")
     words = [str(file) if word.endswith("config.yaml") else word for word in shlex.split(command)]
-    build_parser().parse_args(words[1:])
+    parse(words[1:])
 
 
 def test_there_are_commands() -> None:

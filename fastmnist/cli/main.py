@@ -7,9 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from functools import partial
-from io import StringIO
 from typing import Any
 
 import jsonargparse
@@ -21,18 +18,6 @@ from fastmnist.cli.parser import INTERRUPTED, Parser
 from fastmnist.errors import ConfigError, FastmnistError
 
 STARTED = time.perf_counter()
-
-
-def build_parser() -> Parser:
-    """The whole command line."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="fastmnist", description=fastmnist.__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"fastmnist {fastmnist.__version__}")
-    commands = parser.add_subcommands()
-    for name, (describe, _) in COMMANDS.items():
-        command = describe()
-        commands.add_subcommand(name, command, help=f"{str(command.description).split(':')[0]}.")
-    return parser
 
 
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
@@ -51,10 +36,25 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
 }
 
 
-def _given(arguments: Sequence[str], subcommand: str) -> dict[str, Any]:
-    """What flags and a configuration file say, without defaults."""
-    with redirect_stderr(StringIO()):  # what there is to say of a file was said when it was parsed first
-        return vars(getattr(build_parser().parse_args(arguments, defaults=False), subcommand))
+def parse(arguments: Sequence[str]) -> Any:
+    """A command's options: its flags, its name as `command`, and as `given` what a flag or a file sets, by name.
+
+    Raises:
+        ConfigError: wrong usage. SystemExit: --help and --version end the process.
+    """
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="fastmnist", description=fastmnist.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastmnist {fastmnist.__version__}")
+    subcommands = parser.add_subcommands()
+    commands = {name: describe() for name, (describe, _) in COMMANDS.items()}
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, command, help=f"{str(command.description).split(':')[0]}.")
+    parsed = parser.parse_args(arguments, defaults=False)
+    given = parsed[parsed.subcommand]
+    options = commands[parsed.subcommand].get_defaults()
+    options.update(given)
+    options.command, options.given = parsed.subcommand, vars(given)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,11 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
-        parsed = build_parser().parse_args(arguments)
-        options = getattr(parsed, parsed.subcommand)
-        options.given = partial(_given, arguments, parsed.subcommand)
+        options = parse(arguments)
         options.arguments, options.started = arguments, STARTED
-        return COMMANDS[parsed.subcommand][1](options)
+        return COMMANDS[options.command][1](options)
     except KeyboardInterrupt:
         print("fastmnist: interrupted", file=sys.stderr)
         return INTERRUPTED

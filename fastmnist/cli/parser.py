@@ -50,7 +50,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def new_parser(description: str, *, writes_json: bool = True) -> Parser:
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False, print_config="--print-config")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     if writes_json:
         parser.add_argument(
@@ -92,7 +92,7 @@ def add_run_flags(parser: Parser, loader: str | None = None) -> None:
 
 def run_settings(options: Any) -> dict[str, Any]:
     """Those of a run that flags or a file name; defaults are not among them."""
-    return {name: value for name, value in options.given().items() if name in TrainConfig.__dataclass_fields__}
+    return {name: value for name, value in options.given.items() if name in TrainConfig.__dataclass_fields__}
 
 
 def without_folders(arguments: Sequence[str]) -> list[str]:
