@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastmnist.baselines.workers import of_workers
 from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
+from fastmnist.measure.halving import Candidate, OpenLoader, Settings, combinations
 from fastmnist.measure.loops import training_setup
-from fastmnist.measure.race import Candidate, Running, Settings, combinations
 from fastmnist.measure.tune import Tuning, make_loader, simplest, space_of, tune, tune_loader
 from fastmnist.system.environment import origin
 from fastmnist.system.progress import Reporter
@@ -57,8 +57,8 @@ def exhaustive(candidates: list[Candidate], make: Callable[[Settings], Iterable[
     open_ones = {}
     for candidate in candidates:
         workers = candidate.settings.get("num_workers", candidate.settings.get("workers")) or 0
-        running = Running(make(candidate.settings), None, workers * candidate.settings["prefetch_factor"])
-        running.begin_again()
+        running = OpenLoader(make(candidate.settings), None, workers * candidate.settings["prefetch_factor"])
+        running.warm_up()
         open_ones[candidate.name] = running
     try:
         return in_turns({name: running.turn for name, running in open_ones.items()}, TURNS)
@@ -71,11 +71,11 @@ def judged(
     name: str, found: Tuning, candidates: list[Candidate], make: Callable[[Settings], Iterable[Any]]
 ) -> list[dict[str, Any]]:
     """A row per candidate; that of the chosen one has `of_best`."""
-    rates, where, chosen = exhaustive(candidates, make), origin(torch.device("cpu")), found.race.chosen.name
+    rates, where, chosen = exhaustive(candidates, make), origin(torch.device("cpu")), found.search.chosen.name
     best = max(rates, key=lambda candidate: summarise(rates[candidate]).median)
     of_best = ratios(rates[chosen], rates[best]).to_dict()
     print(f"{name}: {chosen} is {of_best['median']:.3f} of {best}", flush=True)
-    more = {chosen: {"of_best": of_best, "tuned_in_seconds": found.race.seconds}}
+    more = {chosen: {"of_best": of_best, "tuned_in_seconds": found.search.seconds}}
     return [
         row(f"tuning, {name}", candidate, values, "images/s", where, {"budget": BUDGET}, **more.get(candidate, {}))
         for candidate, values in rates.items()

@@ -1,4 +1,4 @@
-"""The fastest loader settings on this machine, for a training run or for anybody's loader."""
+"""Tuner: the fastest loader settings on this machine, for a training run or for any loader."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastmnist.baselines.loaders import LOADERS
 from fastmnist.config import LoaderName, TrainConfig
 from fastmnist.errors import ConfigError
 from fastmnist.files import write_bytes
+from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Settings, combinations, describe
 from fastmnist.measure.loops import TrainingSetup, training_setup
-from fastmnist.measure.race import Candidate, Progress, Race, Racing, Settings, combinations, describe
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
 from fastmnist.system.progress import Reporter
 from fastmnist.training.session import loader_settings
@@ -29,61 +29,59 @@ MOST_SPACE_WORKERS = 8
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was found.
+    """The outcome of a search.
 
     Attributes:
         settings: the simplest that tie with the fastest, as keywords of the loader (of `TrainConfig`, for a run).
-        race: all candidates with their values.
-        what: was measured, in words. on: what, in one line. origin: hardware, versions, date, commit.
+        search: all candidates with their values.
+        what: the quantity measured, in words.
+        budget: seconds.
+        on: the machine and the data, in one line.
+        origin: hardware, versions, date, commit.
         unit: of the values.
     """
 
     settings: Settings
-    race: Race
+    search: Search
     what: str
     budget: float
     on: str
     origin: dict[str, Any]
     unit: str = "images/s"
 
-    @property
-    def simplest(self) -> Candidate:
-        """The settings that the others are held against."""
-        return min(self.race.candidates, key=lambda candidate: candidate.number)
-
     def verdict(self) -> str:
-        """What was found, in one sentence."""
-        chosen, simplest = self.race.chosen, self.simplest
-        measured = [candidate for candidate in self.race.candidates if candidate.values]
+        """The outcome in one sentence."""
+        chosen, simplest = self.search.chosen, self.search.reference
+        measured = [candidate for candidate in self.search.candidates if candidate.values]
         ties = sum(candidate.status in ("best", "tie") for candidate in measured)
         if chosen is simplest:
             among = f", {ties} of them no different" if ties > 1 else ""
             return f"The simplest settings are as fast as any of {len(measured)} measured{among}: {chosen.name}."
-        gain = chosen.summary().median / simplest.summary().median if simplest.values else float("nan")
+        gain = chosen.summary().median / simplest.summary().median
         return f"{chosen.name}: {gain:.2f} times as fast as {simplest.name}, the best of {len(measured)} measured."
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `report.search.plot_search` and --json take them."""
-        found = []
-        for candidate in self.race.candidates:
+        """Plain values, for `report.tune_chart.plot_search` and --json."""
+        lines = []
+        for candidate in self.search.candidates:
             line = {
                 "name": candidate.name,
                 "settings": candidate.settings,
                 "rounds": candidate.rounds,
                 "status": candidate.status,
                 "reason": candidate.reason,
-                "chosen": candidate is self.race.chosen,
+                "chosen": candidate is self.search.chosen,
                 "memory_bytes": candidate.memory,
             }
-            found.append(line | (candidate.summary().to_dict() if candidate.values else {}))
+            lines.append(line | (candidate.summary().to_dict() if candidate.values else {}))
         return {
             "what": self.what,
             "unit": self.unit,
             "settings": self.settings,
-            "candidates": found,
-            "default": self.simplest.name,
+            "candidates": lines,
+            "default": self.search.reference.name,
             "budget_seconds": self.budget,
-            "seconds": self.race.seconds,
+            "seconds": self.search.seconds,
             **self.origin,
         }
 
@@ -101,30 +99,30 @@ def tune_loader(
 ) -> Tuning:
     """The fastest settings of any loader, measured in your own training loop.
 
-    Candidates that are clearly slower are dropped early; the others are measured again in turn. Of those that tie with
-    the fastest (their 95 % intervals overlap, and the median is at least 0.95 of its) the simplest is chosen.
+    Each candidate is measured beside the simplest; the best few are measured again, in turn. The simplest of those
+    that tie with the fastest (at least 0.95 of its rate) is chosen.
 
     Args:
-        make: `make(**settings)` gives a loader that can be iterated over again and again. It is closed by its `close`,
-            if it has one.
+        make: `make(**settings)` returns a loader that can be iterated over repeatedly. It is closed by its `close`, if
+            it has one.
         space: the values of each setting, the simplest first: {"num_workers": [0, 1, 2, 4], "prefetch_factor": [2, 4]}.
-        step: one training step with a batch as the loader yields it; None measures the loader alone. Its weights
-            change: hand it a copy of your model.
+        step: one training step with a batch as the loader yields it; None measures the loader alone. It changes the
+            weights: pass it a copy of your model.
         budget: seconds in all; two settings are compared however long that takes.
-        max_memory: bytes that loaders which are open at the same time may take; what takes more is left out.
-        ahead: batches that a loader with these settings may have ready before they are asked for, which are used up
-            before a turn is timed; by default num_workers * prefetch_factor.
-        same_as: the settings that do the same in a simpler way (without workers nothing is prefetched), so that they
-            are measured once.
+        max_memory: bytes that loaders open at the same time may take; settings that take more are left out.
+        ahead: batches that a loader with these settings may have ready; they are used up before a turn is timed. By
+            default num_workers * prefetch_factor.
+        same_as: the simplest settings with the same effect (without workers nothing is prefetched), so that they are
+            measured once.
 
     Raises:
-        ConfigError: the budget is too small to measure anything, there is nothing to choose from, or the loader yields
-            nothing. FastmnistError: no settings work; the first error is its cause.
+        ConfigError: the budget is below a second, or there is nothing to choose from.
+        FastmnistError: no settings work; the first error is its cause.
     """
     if not space or not all(len(values) for values in space.values()):
         raise ConfigError("space needs at least one setting, and each at least one value")
     _check_budget(budget)
-    racing = Racing(
+    halving = Halving(
         combinations(space, same_as),
         lambda settings: make(**settings),
         step,
@@ -133,11 +131,11 @@ def tune_loader(
         ahead=ahead or _ahead,
         progress=progress,
     )
-    race = racing.race()
+    search = halving.run()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     what = "the loader alone" if step is None else "training steps"
     on = describe_hardware(hardware(device))
-    return Tuning(dict(race.chosen.settings), race, what, budget, on, origin(device))
+    return Tuning(dict(search.chosen.settings), search, what, budget, on, origin(device))
 
 
 def _check_budget(budget: float) -> None:
@@ -155,7 +153,7 @@ def _ahead(settings: Settings) -> int:
 def space_of(
     loader: LoaderName, device: torch.device, batch_sizes: Sequence[int], orders: Sequence[str]
 ) -> dict[str, Sequence[Any]]:
-    """The values that each setting of a loader may have here, the simplest first; names are those of `TrainConfig`."""
+    """The values of each setting to try on this machine, the simplest first; names are those of `TrainConfig`."""
     cores, gpu = cpu_count(), device.type == "cuda"
     workers = sorted({0, 1, 2, min(4, cores), min(MOST_SPACE_WORKERS, cores)})
     common: dict[str, Sequence[Any]] = {"loader": [loader], "batch_size": batch_sizes}
@@ -184,20 +182,20 @@ def space_of(
 
 
 def simplest(settings: Settings, placement: str) -> Settings:
-    """Settings that do the same, with whatever has no effect beside the others at its simplest.
+    """The simplest settings with the same effect.
 
-    placement: what "auto" means here.
+    placement: the meaning of "auto" here.
     """
-    found = dict(settings)
-    if found["loader"] == "ours":
-        if found["placement"] == placement:
-            found["placement"] = "auto"
-        resident = (placement if found["placement"] == "auto" else found["placement"]) == "resident"
+    same = dict(settings)
+    if same["loader"] == "ours":
+        if same["placement"] == placement:
+            same["placement"] = "auto"
+        resident = (placement if same["placement"] == "auto" else same["placement"]) == "resident"
         if resident and torch.cuda.is_available():
-            found |= {"threads": 0, "prefetch": 3}
-    if found["loader"] in ("dataloader", "tuned") and not found["workers"]:
-        found |= {"prefetch_factor": 2, "persistent_workers": found["loader"] == "tuned"}
-    return found
+            same |= {"threads": 0, "prefetch": 3}
+    if same["loader"] in ("dataloader", "tuned") and not same["workers"]:
+        same |= {"prefetch_factor": 2, "persistent_workers": same["loader"] == "tuned"}
+    return same
 
 
 def tune(
@@ -214,16 +212,20 @@ def tune(
 ) -> Tuning:
     """The fastest loader settings for a training run on this machine, measured in its own training step.
 
-    Batch size and order are kept, and with them the samples of every step and the accuracy; only when others are named
-    here are those tried too.
+    Batch size and order stay as they are, and with them each step's samples and the accuracy, unless `batch_sizes` or
+    `orders` name others.
 
     Args:
-        config: of the run. loader: a name of `LOADERS`, or "all". budget: seconds in all.
-        loader_only: measure the loader without the model. max_memory: bytes, as for `tune_loader`.
+        config: of the run.
+        loader: a name of `LOADERS`, or "all".
+        budget: seconds in all.
+        loader_only: measure the loader without the model.
+        max_memory: bytes, as for `tune_loader`.
         batch_sizes, orders: to try besides the run's own.
 
     Raises:
-        ConfigError, DataError: a setting or the data cannot be used; FFCV is missing; the budget is too small.
+        ConfigError: a setting cannot be used, FFCV is missing, or the budget is below a second.
+        DataError: the data cannot be used.
     """
     begun = time.perf_counter()
     config = config or TrainConfig()
@@ -235,11 +237,14 @@ def tune(
     with training_setup(config, reporter or Reporter(quiet=True), max(sizes)) as setup:
         candidates: list[Candidate] = []
         _check_sizes(sizes, setup)
-        for name in names:
-            candidates += _candidates(name, setup, sizes, list(dict.fromkeys([config.order, *orders])), len(names) > 1)
+        for at, name in enumerate(names):
+            tried = list(dict.fromkeys([config.order, *orders]))
+            for candidate in _candidates(name, setup, sizes, tried, len(names) > 1):
+                candidate.place = (at, *candidate.place[1:])  # another loader is a change too
+                candidates.append(candidate)
         candidates.sort(key=lambda candidate: candidate.complexity)
         gpu = setup.device.type == "cuda"
-        racing = Racing(
+        halving = Halving(
             candidates,
             lambda settings: make_loader(setup, settings),
             None if loader_only else setup.step,
@@ -249,13 +254,13 @@ def tune(
             progress=progress,
             begun=begun,
         )
-        race = racing.race()
+        search = halving.run()
         on = tuned_on(setup.device, setup.files.train.image_shape, str(setup.config.dataset))
-        found = origin(setup.device) | {"device": str(setup.device), "dataset": setup.config.dataset}
+        origins = origin(setup.device) | {"device": str(setup.device), "dataset": setup.config.dataset}
     what = f"batches of {config.batch_size} images"
     if not loader_only:
         what = f"training steps of {config.model}, {what}"
-    return Tuning(race.chosen.settings, race, f"{what}, {found['dataset']}", budget, on, found)
+    return Tuning(search.chosen.settings, search, f"{what}, {origins['dataset']}", budget, on, origins)
 
 
 def _check_sizes(sizes: Sequence[int], setup: TrainingSetup) -> None:
@@ -298,17 +303,17 @@ def make_loader(setup: TrainingSetup, settings: Settings) -> Iterable[Any]:
 
 
 def write_yaml(tuning: Tuning, path: Path) -> None:
-    """The settings as `train --config` takes them; what was measured, on what and when, in its comments.
+    """The settings as a YAML file for `train --config`; its comments give the rates, the machine and the date.
 
     Raises:
         FastmnistError: the file cannot be written.
     """
-    best = tuning.race.candidates[0].summary()
+    best = tuning.search.candidates[0].summary()
     on = tuning.on
-    chosen = tuning.race.chosen.summary()
+    chosen = tuning.search.chosen.summary()
     comments = [
         f"Found by fastmnist tune on {datetime.now().astimezone().isoformat(timespec='minutes')} "
-        f"in {tuning.race.seconds:.0f} s.",
+        f"in {tuning.search.seconds:.0f} s.",
         f"Measured: {tuning.what}; on {on}.",
         f"These settings: {chosen.median:,.0f} {tuning.unit} ({chosen.low:,.0f} to {chosen.high:,.0f}, "
         f"n = {chosen.n}); the fastest: {best.median:,.0f}.",

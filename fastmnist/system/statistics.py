@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.stats import binom
+
+Name = TypeVar("Name", bound=Hashable)
 
 CONFIDENCE = 0.95
 LEAST_FOR_INTERVAL = 6  # fewer values cannot bound their median with that confidence: 1 - 2 ** (1 - 5) is 0.9375
@@ -59,13 +61,13 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], float]],
+    sides: Mapping[Name, Callable[[], float]],
     turns: int,
     *,
     until: float = float("inf"),
     least: int = 1,
     on_turn: Callable[[int], None] = lambda turn: None,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """The values of every side, one after the other, turn by turn: what changes on the machine meets them all.
 
     Each turn has an order of its own (the same ones each time), or what a side leaves behind (memory to be freed, a
@@ -77,7 +79,7 @@ def in_turns(
         until: time.perf_counter() after which no turn is begun, once there have been `least`.
         on_turn: called with 1, 2, ... after each turn.
     """
-    values: dict[str, list[float]] = {name: [] for name in sides}
+    values: dict[Name, list[float]] = {name: [] for name in sides}
     for turn in range(turns):
         if turn >= least and time.perf_counter() > until:
             break
