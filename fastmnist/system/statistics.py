@@ -1,4 +1,4 @@
-"""How a figure is made: sides measured in turn, and a median with its interval."""
+"""Statistics of measurements: contenders in turn, medians with confidence intervals, rows of a result."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import quantile_test
 
 Name = TypeVar("Name", bound=Hashable)
 
 CONFIDENCE = 0.95
-LEAST_FOR_INTERVAL = 6  # fewer values cannot bound their median with that confidence: 1 - 2 ** (1 - 5) is 0.9375
+LEAST_FOR_INTERVAL = 6  # the range of n values holds their median with confidence 1 - 2 ** (1 - n): 0.9375 for 5
 
 
 @dataclass(frozen=True)
 class Summary:
     """n values of one quantity.
 
-    low to high holds the median with a confidence of at least 95 %, whatever the distribution, as long as n is at
-    least 6; below, it is the whole range, which holds it with a confidence of 1 - 2 ** (1 - n).
+    low to high is the 95 % confidence interval of the median, whatever the distribution. Below n = 6 it is the range,
+    whose confidence is 1 - 2 ** (1 - n).
     """
 
     n: int
@@ -41,56 +41,53 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Median, interval and range of at least one value.
+    """Median, its 95 % confidence interval, and range, of at least one value.
 
-    The interval's ends are order statistics: k of n independent values fall below their median as often as a coin
-    shows heads (W. J. Conover, "Practical Nonparametric Statistics", 3rd edition, 3.2).
+    The interval's ends are order statistics (W. J. Conover, "Practical Nonparametric Statistics", 3rd edition, 3.2).
 
     Raises:
         ValueError: there are no values.
     """
     if not len(values):
         raise ValueError("there is no value to summarise")
-    ordered = np.sort(np.asarray(values, np.float64))
-    n = len(ordered)
-    left_out = 0  # on each side
-    while n >= LEAST_FOR_INTERVAL and binom.cdf(left_out + 1, n, 0.5) <= (1 - CONFIDENCE) / 2:
-        left_out += 1
-    low, high = float(ordered[left_out]), float(ordered[n - 1 - left_out])
-    return Summary(n, float(np.median(ordered)), low, high, float(ordered[0]), float(ordered[-1]))
+    array = np.asarray(values, np.float64)
+    low, high = array.min(), array.max()
+    if len(array) >= LEAST_FOR_INTERVAL:
+        low, high = quantile_test(array, p=0.5).confidence_interval(CONFIDENCE)
+    return Summary(len(array), *map(float, (np.median(array), low, high, array.min(), array.max())))
 
 
 def in_turns(
-    sides: Mapping[Name, Callable[[], float]],
+    contenders: Mapping[Name, Callable[[], float]],
     turns: int,
     *,
     until: float = float("inf"),
     least: int = 1,
     on_turn: Callable[[int], None] = lambda turn: None,
 ) -> dict[Name, list[float]]:
-    """The values of every side, one after the other, turn by turn: what changes on the machine meets them all.
+    """The values of all contenders, measured in turn, so that whatever changes on the machine meets them all.
 
-    Each turn has an order of its own (the same ones each time), or what a side leaves behind (memory to be freed, a
-    warm or a cold cache) would always meet the same next one.
+    Each turn shuffles their order (the same way in each call): what a contender leaves behind (memory to free, a cold
+    cache) does not always meet the same next one.
 
     Args:
-        sides: by name, what measures one value.
-        turns: how many values of each.
-        until: time.perf_counter() after which no turn is begun, once there have been `least`.
+        contenders: a function that measures one value of each.
+        turns: values of each.
+        until: time.perf_counter() after which no turn begins, once there have been `least`.
         on_turn: called with 1, 2, ... after each turn.
     """
-    values: dict[Name, list[float]] = {name: [] for name in sides}
+    values: dict[Name, list[float]] = {name: [] for name in contenders}
     for turn in range(turns):
         if turn >= least and time.perf_counter() > until:
             break
-        for name in random.Random(turn).sample(list(sides), len(sides)):
-            values[name].append(sides[name]())
+        for name in random.Random(turn).sample(list(contenders), len(contenders)):
+            values[name].append(contenders[name]())
         on_turn(turn + 1)
     return values
 
 
 def ratios(values: Sequence[float], to: Sequence[float]) -> Summary:
-    """What `values` are of `to`, turn by turn."""
+    """The ratios of `values` to those of `to`, turn by turn."""
     return summarise([a / b for a, b in zip(values, to, strict=True)])
 
 
@@ -103,13 +100,15 @@ def row(
     settings: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """One line of a result: what was measured, how often, with which outcome, on what.
+    """One row of a result: the values of one contender, with their summary and origin.
 
     Args:
-        group, name: what belongs together, and which of it this is.
-        values: one per turn. unit: of them, e.g. "images/s"; "seconds" are better when they are fewer.
+        group: the comparison that it belongs to.
+        name: the contender.
+        values: one per turn.
+        unit: "images/s" or another rate, of which more is better; "seconds" or "bytes", of which less is.
         origin: `environment.origin`.
-        settings: that it ran with.
+        settings: of the contender.
     """
     return {
         "group": group,

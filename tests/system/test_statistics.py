@@ -1,12 +1,13 @@
-"""The clock: medians with intervals that hold what they promise, and sides measured in turn."""
+"""Medians with intervals that hold what they promise, and contenders measured in turn."""
 
 import time
+from fractions import Fraction
+from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import quantile_test
 
 from fastmnist.system.environment import commit, describe_hardware
 from fastmnist.system.statistics import LEAST_FOR_INTERVAL, in_turns, ratios, row, summarise
@@ -22,13 +23,15 @@ def test_median_and_range_are_numpys(values):
     assert found.min <= found.low <= found.median <= found.high <= found.max
 
 
-@given(st.lists(st.floats(1e-9, 1e12), min_size=LEAST_FOR_INTERVAL, max_size=60, unique=True))
-def test_the_interval_is_that_of_scipys_quantile_test(values):
-    interval = quantile_test(values, p=0.5).confidence_interval(0.95)
-    found = summarise(values)
-    # scipy's is open to one side more where the tails' shares differ: ours leaves out equally many on both sides.
-    assert found.low == interval.low
-    assert found.high == interval.high
+@pytest.mark.parametrize("n", [*range(1, 61), 200, 1000])
+def test_the_intervals_ends_are_order_statistics_of_the_binomial(n):
+    """Conover's definition: as many values are left out on each side as fair coins show so few heads in 2.5 %."""
+    tail, left_out = Fraction(1, 2**n), 0
+    while n >= LEAST_FOR_INTERVAL and tail + Fraction(comb(n, left_out + 1), 2**n) <= Fraction(25, 1000):
+        left_out += 1
+        tail += Fraction(comb(n, left_out), 2**n)
+    found = summarise(np.random.default_rng(n).permutation(n))
+    assert (found.low, found.high) == (left_out, n - 1 - left_out)
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
@@ -55,14 +58,14 @@ def test_overlap_is_symmetric_and_counts_a_common_end():
     assert not far.overlaps(one)
 
 
-def test_sides_are_measured_in_turn():
+def test_contenders_are_measured_in_turn():
     calls, turns = [], []
-    sides = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "abc"}
-    values = in_turns(sides, 30, on_turn=turns.append)
+    contenders = {name: lambda name=name: calls.append(name) or float(len(calls)) for name in "abc"}
+    values = in_turns(contenders, 30, on_turn=turns.append)
     of_turns = [calls[at : at + 3] for at in range(0, 90, 3)]
     assert all(sorted(of_turn) == ["a", "b", "c"] for of_turn in of_turns)
     assert values == {name: [at + 1.0 for at, called in enumerate(calls) if called == name] for name in "abc"}
-    assert {of_turn[0] for of_turn in of_turns} == {"a", "b", "c"}, "no side is always the first"
+    assert {of_turn[0] for of_turn in of_turns} == {"a", "b", "c"}, "none is always the first"
     assert turns == list(range(1, 31))
 
 
