@@ -30,7 +30,7 @@ from fastmnist.beton.reader import Beton
 from fastmnist.errors import FastmnistError
 from fastmnist.files import write_bytes
 from fastmnist.measure.bench import bench_file
-from fastmnist.prepare.prepare import compiled_path
+from fastmnist.prepare.prepare import beton_path
 from fastmnist.system.environment import origin, versions
 from fastmnist.system.machine import choose_device
 from fastmnist.system.statistics import ratios, row
@@ -60,7 +60,7 @@ class Data:
     @property
     def test_path(self) -> Path:
         assert self.file.integrity is not None
-        return compiled_path(self.file.integrity.dataset, "test", self.path.parent)
+        return beton_path(self.file.integrity.dataset, "test", self.path.parent)
 
     def copying(self, dtype: torch.dtype) -> Callable[[int], Seconds]:
         """images -> seconds of a plain copy of as many, as `dtype`: the memory's limit for who hands them out."""

@@ -81,7 +81,7 @@ RUN = [
 TRAIN = ["train", *RUN, "--epochs", "8", "--log-every", "5"]
 TUNE = ["tune", *RUN, "--loader-only", "--budget", "5"]
 SPEEDRUN = ["speedrun", *RUN, "--epochs", "3", "--seeds", "2"]
-LEFT_OVER = (".tmp", ".lock", ".journal", ".partial")
+LEFT_OVER = (".tmp", ".lock")
 
 
 class KillError(Exception):

@@ -86,16 +86,16 @@ class Layout:
     def file_size(self) -> int:
         return self.table_start + self.count * ALLOCATION.itemsize
 
-    def write_around(self, file: BinaryIO, labels: np.ndarray, checksums: Iterable[int], sums: Moments) -> None:
+    def write_around(self, file: BinaryIO, labels: np.ndarray, checksums: Iterable[int], moments: Moments) -> None:
         """Writes the allocation table, then all that stands before the pages; the gap before these stays as it is.
 
-        labels: (n,) int64, repeated until there are `count`. checksums: CRC-32 of each page. sums: over all pages.
+        labels: (n,) int64, repeated until there are `count`. checksums: CRC-32 of each page. moments: of all images.
         """
         file.seek(self.table_start)
         table_checksum = _write(file, self._table())
         file.seek(0)
         head_checksum = _write(file, self._head(labels))
-        mean, std = sums.result()
+        mean, std = moments.result()
         integrity = replace(
             self._blank,
             mean=mean,

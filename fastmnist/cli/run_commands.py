@@ -31,7 +31,8 @@ def describe_compile() -> Parser:
         "--expand",
         type=Optional[int],
         metavar="N",
-        help="Also write <dataset>-train-x<N>.beton, N deformed copies of each training image.",
+        help="Also write <dataset>-train-x<N>.beton, N deformed copies of each training image; once interrupted, "
+        "it is written from its beginning.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the copies' deformations.")
     return parser
@@ -50,7 +51,6 @@ def compile_command(options: Any) -> int:
         progress=reporter.compiling,
         expand=options.expand,
         seed=options.seed,
-        say=reporter.say,
     )
     seconds = time.perf_counter() - begun
     for file in files:

@@ -18,7 +18,7 @@ from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.measure.client import SideError, SideProcess
 from fastmnist.measure.contenders import BY_NAME, OURS, PLAIN, SIDES, Side, Source
-from fastmnist.prepare.prepare import FALLBACK, CompileProgress, compile_dataset, prepare
+from fastmnist.prepare.prepare import FALLBACK, PrepareProgress, compile_dataset, prepare
 from fastmnist.system.environment import origin
 from fastmnist.system.machine import choose_device
 from fastmnist.system.statistics import in_turns, ratios, row
@@ -58,7 +58,7 @@ class Comparison:
 
 
 def bench_file(
-    dataset: str | None, data_dir: str | None, cache_dir: str | None = None, progress: CompileProgress | None = None
+    dataset: str | None, data_dir: str | None, cache_dir: str | None = None, progress: PrepareProgress | None = None
 ) -> tuple[Path, str]:
     """The compiled training images to measure with, and a note on them.
 

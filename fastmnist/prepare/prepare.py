@@ -1,4 +1,4 @@
-"""From a dataset's name to its compiled files, written where they are missing or their source has changed."""
+"""From a dataset's name to its `.beton` files, written where they are missing or their source has changed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from fastmnist.errors import DataError
 from fastmnist.sources import datasets
 
 Status = Literal["written", "current", "replaced: its source changed", "replaced: it was damaged"]
-# Called with (path, samples written, samples in all).
-CompileProgress = Callable[[Path, int, int], None]
+PrepareProgress = Callable[[Path, int, int], None]  # (file, samples written, samples in all)
 
 FALLBACK = "digits"
 
 
 @dataclass(frozen=True)
-class CompiledFile:
-    """One compiled split: where it is, how many samples, and whether it had to be written.
+class SplitFile:
+    """One split's file; status: whether it had to be written.
 
     split: "train", "test", or "train-x<factor>" for the expanded training set.
     """
@@ -46,19 +45,52 @@ class Prepared:
 
 
 def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
-    """Where compiled files and downloads are kept."""
+    """The folder for `.beton` files and downloads: `chosen`, or the user's cache."""
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("fastmnist")
 
 
 def data_folder(chosen: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder that the user named, by argument or by $FASTMNIST_DATA."""
+    """The source folder that the user named, by argument or by $FASTMNIST_DATA."""
     named = chosen or os.environ.get("FASTMNIST_DATA")
     return Path(named).expanduser() if named else None
 
 
-def compiled_path(dataset: str, split: str, folder: Path) -> Path:
-    """How a compiled file is called."""
+def beton_path(dataset: str, split: str, folder: Path) -> Path:
     return folder / f"{dataset}-{split}.beton"
+
+
+def prepare(
+    dataset: str | None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    progress: PrepareProgress | None = None,
+) -> Prepared:
+    """The files to train on: from the named folder, the cache, a download, or the embedded digits, in this order.
+
+    Raises:
+        DataError: the dataset that was asked for cannot be had, or a file of it is damaged.
+    """
+    name = datasets.check_name(dataset or "mnist")
+    cache, folder, note = cache_folder(cache_dir), data_folder(data_dir), ""
+    if name != FALLBACK:
+        if folder is not None:
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder; --data-dir names one that holds the files of {name}")
+            if datasets.folder_of(name, folder) is None:
+                return _from_beton_files(name, folder)
+        elif all(beton_path(name, split, cache).exists() for split in datasets.SPLITS):
+            return _from_beton_files(name, cache)
+        else:
+            try:
+                folder = datasets.download(name, cache / "downloads")
+            except DataError as error:
+                if dataset is not None:
+                    raise
+                name = FALLBACK
+                note = f"No dataset was named and {error.args[0].split(';')[0]}: using the embedded digits instead."
+    train, test = _write_splits(name, folder, cache, progress, repair=False)
+    return Prepared(name, train.path, test.path, note)
 
 
 def compile_dataset(
@@ -66,13 +98,11 @@ def compile_dataset(
     data_dir: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
-    progress: CompileProgress | None = None,
-    rewrite_damaged: bool = True,
+    progress: PrepareProgress | None = None,
     expand: int | None = None,
     seed: int = 0,
-    say: Callable[[str], None] | None = None,
-) -> list[CompiledFile]:
-    """Compiles both splits of a dataset; a file that is there, whole and current is left as it is.
+) -> list[SplitFile]:
+    """Writes both splits of a dataset as `.beton` files; one that is whole and current is left as it is.
 
     With `expand`, a third file holds that many deformed copies of each training image.
 
@@ -81,113 +111,42 @@ def compile_dataset(
         data_dir: the folder with the IDX files; by default $FASTMNIST_DATA, then a download into the cache.
         output: the folder for the `.beton` files; by default the cache.
         progress: called after each page.
-        rewrite_damaged: replace a file that is damaged; otherwise that is an error, and only sizes are checked.
         expand: copies of each training image, at least 1; None for no third file.
         seed: of the copies' deformations, 0 or more; each is a pure function of (seed, index).
-        say: told in a sentence when an interrupted file is gone on with.
 
     Raises:
-        DataError: the source cannot be used. FastmnistError: a file cannot be written. ConfigError: a number of copies
-        or a seed that cannot be.
+        DataError: the source cannot be used.
+        FastmnistError: a file cannot be written.
+        ConfigError: `expand` or `seed` is out of range.
     """
     datasets.check_name(dataset)
     if expand is not None:
-        # Here, because it brings numba.
-        from fastmnist.prepare import expand as expansion
+        # Imported here, because it brings numba.
+        from fastmnist.prepare.expand import check_expansion, expanded_source, write_expanded
 
-        expansion.check_expansion(expand, seed)
+        check_expansion(expand, seed)
     folder = cache_folder(output)
-
-    def source_folder() -> Path:
-        return data_folder(data_dir) or datasets.download(dataset, cache_folder() / "downloads")
-
-    compiled = []
-    for split in datasets.SPLITS:
-        source = datasets.open_source(dataset, split, source_folder)
-        path = compiled_path(dataset, split, folder)
-        status = _status(path, source.fingerprint, rewrite_damaged)
-        if status != "current":
-            write_beton(
-                path,
-                source.images,
-                source.labels,
-                class_names=source.class_names,
-                dataset=dataset,
-                split=split,
-                source=source.fingerprint,
-                progress=_report(progress, path),
-            )
-        compiled.append(CompiledFile(path, split, len(source.labels), status))
+    source_folder = None
+    if dataset != FALLBACK:
+        source_folder = data_folder(data_dir) or datasets.download(dataset, cache_folder() / "downloads")
+    files = _write_splits(dataset, source_folder, folder, progress, repair=True)
     if expand is not None:
-        with Beton(compiled[0].path) as train:
+        with Beton(files[0].path) as train:
             assert train.integrity is not None
-            split = f"{compiled[0].split}-x{expand}"
-            path = compiled_path(dataset, split, folder)
-            fingerprint = expansion.expanded_source(train.integrity.source, expand, seed)
-            # The size is enough: to read gigabytes at each call is not worth it, `fastmnist verify` does it.
-            status = _status(path, fingerprint, rewrite_damaged, "size")
+            split = f"train-x{expand}"
+            path = beton_path(dataset, split, folder)
+            for suffix in (".partial", ".journal"):  # left by an interrupted writer of earlier versions
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            # The size is enough: reading gigabytes at each call is left to `fastmnist verify`.
+            status = _status(path, expanded_source(train.integrity.source, expand, seed), verify="size")
             if status != "current":
-                expansion.write_expanded(path, train, expand, seed, progress=_report(progress, path), say=say)
-            else:
-                expansion.tidy(path)
-            compiled.append(CompiledFile(path, split, len(train) * expand, status))
-    return compiled
+                write_expanded(path, train, expand, seed, progress=_of_file(progress, path))
+            files.append(SplitFile(path, split, len(train) * expand, status))
+    return files
 
 
-def _report(progress: CompileProgress | None, path: Path) -> Progress | None:
-    return None if progress is None else lambda done, n: progress(path, done, n)
-
-
-def _status(path: Path, fingerprint: str, rewrite_damaged: bool, verify: Verify = "full") -> Status:
-    if not path.exists():
-        return "written"
-    try:
-        with Beton(path, verify=verify if rewrite_damaged else "size") as file:
-            current = file.integrity is not None and file.integrity.source == fingerprint
-    except DataError:
-        if not rewrite_damaged:
-            raise
-        return "replaced: it was damaged"
-    return "current" if current else "replaced: its source changed"
-
-
-def prepare(
-    dataset: str | None,
-    data_dir: str | None = None,
-    cache_dir: str | None = None,
-    *,
-    progress: CompileProgress | None = None,
-) -> Prepared:
-    """The compiled files to train on, in the order that the design names: folder, cache, download, embedded digits.
-
-    Raises:
-        DataError: the dataset that was asked for cannot be had, or a file of it is damaged.
-    """
-    name = datasets.check_name(dataset or "mnist")
-    cache = cache_folder(cache_dir)
-    folder = data_folder(data_dir)
-    if folder is not None and name != FALLBACK:
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; --data-dir names one that holds the files of {name}")
-        if datasets.folder_of(name, folder) is None:
-            return _compiled_in(name, folder)
-    elif name != FALLBACK and all(compiled_path(name, split, cache).exists() for split in datasets.SPLITS):
-        return _compiled_in(name, cache)
-    note = ""
-    if folder is None and name != FALLBACK:
-        try:
-            folder = datasets.download(name, cache / "downloads")
-        except DataError as error:
-            if dataset is not None:
-                raise
-            name = FALLBACK
-            note = f"No dataset was named and {error.args[0].split(';')[0]}: using the embedded digits instead."
-    files = compile_dataset(name, folder, cache, progress=progress, rewrite_damaged=False)
-    return Prepared(name, files[0].path, files[1].path, note)
-
-
-def _compiled_in(name: str, folder: Path) -> Prepared:
-    paths = [compiled_path(name, split, folder) for split in datasets.SPLITS]
+def _from_beton_files(name: str, folder: Path) -> Prepared:
+    paths = [beton_path(name, split, folder) for split in datasets.SPLITS]
     for path in paths:
         if not path.is_file():
             raise DataError(
@@ -195,3 +154,44 @@ def _compiled_in(name: str, folder: Path) -> Prepared:
                 f"or write that file with fastmnist compile --dataset {name} --output {folder}"
             )
     return Prepared(name, paths[0], paths[1])
+
+
+def _write_splits(
+    name: str, source_folder: Path | None, folder: Path, progress: PrepareProgress | None, *, repair: bool
+) -> list[SplitFile]:
+    """Writes the splits that are missing or not current; `repair` replaces a damaged file, else that is an error."""
+    files = []
+    for split in datasets.SPLITS:
+        source = datasets.open_source(name, split, source_folder)
+        path = beton_path(name, split, folder)
+        status = _status(path, source.fingerprint, "full" if repair else "size", repair)
+        if status != "current":
+            write_beton(
+                path,
+                source.images,
+                source.labels,
+                class_names=source.class_names,
+                dataset=name,
+                split=split,
+                source=source.fingerprint,
+                progress=_of_file(progress, path),
+            )
+        files.append(SplitFile(path, split, len(source.labels), status))
+    return files
+
+
+def _status(path: Path, source: str, verify: Verify, repair: bool = True) -> Status:
+    if not path.exists():
+        return "written"
+    try:
+        with Beton(path, verify=verify) as file:
+            current = file.integrity is not None and file.integrity.source == source
+    except DataError:
+        if not repair:
+            raise
+        return "replaced: it was damaged"
+    return "current" if current else "replaced: its source changed"
+
+
+def _of_file(progress: PrepareProgress | None, path: Path) -> Progress | None:
+    return None if progress is None else lambda done, count: progress(path, done, count)

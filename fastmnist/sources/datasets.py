@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,8 +254,9 @@ def digits(split: str) -> Source:
     )
 
 
-def open_source(name: str, split: str, folder: Callable[[], Path]) -> Source:
-    """The split of any dataset by name; `folder` is asked for the IDX files' folder when they are needed."""
+def open_source(name: str, split: str, folder: Path | None) -> Source:
+    """The split of any dataset by name; `folder` holds its IDX files, `digits` needs none."""
     if check_name(name) == "digits":
         return digits(split)
-    return from_folder(name, split, folder())
+    assert folder is not None
+    return from_folder(name, split, folder)

@@ -21,7 +21,7 @@ from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.loader import Loader
-from fastmnist.prepare.prepare import CompileProgress, prepare
+from fastmnist.prepare.prepare import PrepareProgress, prepare
 from fastmnist.system.machine import choose_device
 from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU, Evaluation, evaluate_model
@@ -137,7 +137,7 @@ class Session:
         self.close()
 
 
-def open_files(config: TrainConfig, progress: CompileProgress) -> tuple[RunFiles, TrainConfig]:
+def open_files(config: TrainConfig, progress: PrepareProgress) -> tuple[RunFiles, TrainConfig]:
     """Compiles what is missing, opens both files, and fills in every setting that depends on them.
 
     Raises:

@@ -28,7 +28,7 @@ from fastmnist.inference import demo
 from fastmnist.inference.demo import MOST_BYTES, latest_run, page, serving
 from fastmnist.inference.picture import MOST_PIXELS, mnist_like
 from fastmnist.inference.predict import predict
-from fastmnist.prepare.prepare import cache_folder, compiled_path
+from fastmnist.prepare.prepare import beton_path, cache_folder
 from fastmnist.runs.train import train
 from fastmnist.training.checkpoint import ModelCard
 
@@ -51,7 +51,7 @@ def address(run: Path) -> Iterator[str]:
 def drawings(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Ten test images as large pictures."""
     folder = tmp_path_factory.mktemp("drawings")
-    with Beton(compiled_path("digits", "test", cache_folder())) as test:
+    with Beton(beton_path("digits", "test", cache_folder())) as test:
         images = test.images(np.arange(10)).reshape(-1, 28, 28)
     paths = []
     for number, image in enumerate(images):

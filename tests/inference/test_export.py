@@ -21,7 +21,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.inference import export as module
 from fastmnist.inference.export import export
-from fastmnist.prepare.prepare import cache_folder, compiled_path
+from fastmnist.prepare.prepare import beton_path, cache_folder
 from fastmnist.runs.train import train
 
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 @pytest.fixture(scope="module")
 def pictures() -> tuple[np.ndarray, np.ndarray]:
     """(n, 1, 28, 28) float32 pixel values and labels, of the test set."""
-    with Beton(compiled_path("digits", "test", cache_folder())) as test:
+    with Beton(beton_path("digits", "test", cache_folder())) as test:
         images = test.images(np.arange(len(test)))
         return images.reshape(-1, 1, 28, 28).astype(np.float32), np.array(test.labels)
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import DataError, FastmnistError
-from fastmnist.prepare.prepare import cache_folder, compile_dataset, compiled_path, prepare
+from fastmnist.prepare.prepare import beton_path, cache_folder, compile_dataset, prepare
 from fastmnist.sources import datasets
 from fastmnist.sources.datasets import DATASETS, SPLITS
 
@@ -188,7 +188,7 @@ def test_prepare_takes_the_folder_that_is_named_before_the_one_in_the_environmen
     assert_prepared(prepare("mnist"), in_environment)
     prepared = prepare("mnist", str(tmp_path / "argument"))
     assert_prepared(prepared, in_argument)
-    assert (prepared.train, prepared.note) == (compiled_path("mnist", "train", cache), "")
+    assert (prepared.train, prepared.note) == (beton_path("mnist", "train", cache), "")
     assert not downloads
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fastmnist.cli.main import main
 from fastmnist.config import TrainConfig, checked_settings
 from fastmnist.errors import ConfigError, DataError, FastmnistError
-from fastmnist.prepare.prepare import compiled_path
+from fastmnist.prepare.prepare import beton_path
 from fastmnist.runs.train import resume, train
 from fastmnist.training import checkpoint, precision
 from fastmnist.training.checkpoint import load_checkpoint, save_checkpoint
@@ -203,8 +203,8 @@ def test_a_folder_that_is_deleted_is_not_made_again(settings, another: bool) -> 
 
 def test_a_compiled_file_that_is_replaced_while_it_trains(settings, whole, tmp_path: Path) -> None:
     settings |= {"cache_dir": str(shutil.copytree(settings["cache_dir"], tmp_path / "own"))}
-    path = compiled_path("digits", "train", tmp_path / "own")
-    other = compiled_path("digits", "test", tmp_path / "own").read_bytes()
+    path = beton_path("digits", "train", tmp_path / "own")
+    other = beton_path("digits", "test", tmp_path / "own").read_bytes()
     kept = path.read_bytes()
 
     def replace(folder: Path) -> None:

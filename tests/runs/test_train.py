@@ -18,7 +18,7 @@ from fastmnist.cli.main import main
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference.predict import evaluate, predict
-from fastmnist.prepare.prepare import cache_folder, compile_dataset, compiled_path
+from fastmnist.prepare.prepare import beton_path, cache_folder, compile_dataset
 from fastmnist.runs.train import resume, train
 from fastmnist.training import compiling
 from fastmnist.training.loop import Trainer
@@ -134,9 +134,9 @@ def test_saved_weights_are_those_of_torchvision_s_resnet(settings: dict) -> None
     model = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
     model.load_state_dict(weights(result.folder))
-    test = Beton(compiled_path("digits", "test", cache_folder()))
+    test = Beton(beton_path("digits", "test", cache_folder()))
     images = torch.from_numpy(test.images(np.arange(len(test)))).permute(0, 3, 1, 2).float()
-    train_file = Beton(compiled_path("digits", "train", cache_folder()))
+    train_file = Beton(beton_path("digits", "train", cache_folder()))
     mean, std = (m[0] for m in train_file.moments)
     with torch.no_grad():
         predicted = model.eval()((images / 255 - mean) / std).argmax(1).numpy()
@@ -237,7 +237,7 @@ def test_resume_refuses_a_changed_setting(stopped: Path, capsys: pytest.CaptureF
 def test_resume_refuses_changed_data(
     stopped: Path, capsys: pytest.CaptureFixture[str], split: str, message: str
 ) -> None:
-    path = compiled_path("digits", split, cache_folder())
+    path = beton_path("digits", split, cache_folder())
     kept = path.read_bytes()
     file = Beton(path)
     from fastmnist.beton.writer import write_beton
@@ -376,7 +376,7 @@ def test_pictures_of_digits_are_recognised(settings: dict, tmp_path: Path, capsy
 
     result = train(TrainConfig(**settings | {"epochs": 8, "batch_size": 32}))
     compile_dataset("digits")
-    test = Beton(compiled_path("digits", "test", cache_folder()))
+    test = Beton(beton_path("digits", "test", cache_folder()))
     paths = []
     for number in range(40):
         image = Image.fromarray(255 - test.images(np.array([number]))[0, :, :, 0]).resize((140, 140))
