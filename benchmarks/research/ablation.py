@@ -111,8 +111,7 @@ def averaged_weights(trainer: Trainer) -> None:
 
 def refresh(trainer: Trainer) -> None:
     """After the weights were changed from outside."""
-    if trainer.low is not None:
-        trainer.low.refresh()
+    trainer.optimizer.refresh()
 
 
 def lookahead(trainer: Trainer) -> None:
@@ -144,7 +143,7 @@ def smaller_batches_first(trainer: Trainer) -> None:
         start = (at - first) * trainer.loader.batch_size
         for half_at in (start, start + half):
             part = slice(half_at, half_at + half)
-            trainer.rate.fill_(trainer.rates[trainer.step])
+            trainer.optimizer.rate.fill_(trainer.rates[trainer.step])
             trainer._losses[at], trainer._right[at] = trainer.update(images[part], labels[part])
         trainer.step += 1
 
@@ -182,7 +181,7 @@ def muon(trainer: Trainer) -> None:
     peak = max(trainer.rates)
 
     def step() -> None:
-        rate = float(trainer.rate)
+        rate = float(trainer.optimizer.rate)
         rest.param_groups[0]["lr"], newton_schulz.param_groups[0]["lr"] = rate, 0.02 * rate / peak
         for matrix, weight in zip(flat, inner, strict=True):
             assert weight.grad is not None
@@ -193,7 +192,7 @@ def muon(trainer: Trainer) -> None:
             for matrix, weight in zip(flat, inner, strict=True):
                 write_back(matrix, weight)
 
-    trainer.optimizer.step = step  # type: ignore[method-assign,assignment]
+    trainer.optimizer.base.step = step  # type: ignore[method-assign,assignment]
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:

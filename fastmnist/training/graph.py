@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -63,7 +63,7 @@ class StepGraph:
     """A step with everything that belongs to it: its batch, forward and backward pass, optimizer, rate and results.
 
     Its batches come from one place in memory, which holds some of them; counters on the device say which is next, where
-    its results go, and what its learning rate is. When it is recorded, all `state` is as it was before.
+    its results go, and what its learning rate is. Recording trains: the caller puts back what `update` changes.
 
     Attributes:
         seconds: that one replay took, of `TIMED`.
@@ -74,7 +74,6 @@ class StepGraph:
         batch_size: B.
         rate: () float32, which the optimizer reads; rates: (steps,) float32, of each step.
         losses, right: (steps of an epoch,) float32, for results.
-        state: what a step changes.
         record: makes a function of it that does the same, faster.
 
     Raises:
@@ -91,7 +90,6 @@ class StepGraph:
         rates: torch.Tensor,
         losses: torch.Tensor,
         right: torch.Tensor,
-        state: Sequence[torch.Tensor],
         record: Callable[[Body, Body], Body] = cuda_graph,
     ) -> None:
         self._update, self._rate, self._rates, self._losses, self._right = update, rate, rates, losses, right
@@ -102,15 +100,9 @@ class StepGraph:
         self._numbers = torch.arange(batch_size, device=images.device)
         # Of the batch among those in memory, of its results, and of the step.
         self._at = torch.zeros(3, dtype=torch.int64, device=images.device)
-        before = [tensor.detach().clone() for tensor in state]
-        try:
-            self.load(images, labels, 0, 0)
-            self.replay = record(self._step, self._reset)
-            self.seconds = self._time()
-        finally:
-            with torch.no_grad():
-                for tensor, value in zip(state, before, strict=True):
-                    tensor.copy_(value)
+        self.load(images, labels, 0, 0)
+        self.replay = record(self._step, self._reset)
+        self.seconds = self._time()
 
     def load(self, images: torch.Tensor, labels: torch.Tensor, at: int, step: int) -> None:
         """The batches that come next, no more than in the example: results from place `at`, rates from `step` on."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,18 +21,15 @@ from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
 from fastmnist.training.looks import Look, Looks
-from fastmnist.training.overlap import join
+from fastmnist.training.optimizer import DEFAULT_RATES, MixedPrecisionOptimizer, one_cycle
 from fastmnist.training.precision import Precision
-from fastmnist.training.weights import LowWeights
+from fastmnist.training.state import check_state, random_state, restoring, set_random_state
 
 Record = dict[str, Any]
-DEFAULT_RATES = {"sgd": 0.1, "adamw": 0.003}
 LOG_EVERY, LEAST_LINES = 50, 30  # steps between two looks at the loss; looks in a run, unless it is shorter
-FIRST_SCALE = 2.0**10  # of fp16's gradients: at torch's own 2**16 the first step overflows
 WAKING_SECONDS = 0.2
 CHUNK_VALUES = 1 << 24  # pixels that a GPU prepares together: 134 MB at most for where each comes from
 STREAMED_TOGETHER = 16  # batches
-FIRST_RATE, LAST_RATE = 25.0, 1e4  # the peak rate over the first, and the first over the last one
 
 
 # Shapes never change: cuDNN times its algorithms once. All that trains, warms up or records is to find the same ones.
@@ -47,27 +45,6 @@ def wake(device: torch.device) -> None:
     while time.perf_counter() < until:
         matrix @ matrix
         torch.cuda.synchronize(device)
-
-
-def one_cycle(steps: int, peak: float, warmup: float) -> list[float]:
-    """The learning rate of each step, by torch's OneCycleLR (L. Smith, N. Topin: "Super-convergence", 2017)."""
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        peak,
-        total_steps=steps + 1,
-        pct_start=warmup,
-        cycle_momentum=False,
-        div_factor=FIRST_RATE,
-        final_div_factor=LAST_RATE,
-    )
-    rates = []
-    for _ in range(steps):
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        optimizer.step()
-        schedule.step()
-    return rates
 
 
 class Trainer:
@@ -92,11 +69,7 @@ class Trainer:
         self.normalise = Normaliser(*loader.file.moments, self.device)
         moved_here = config.augment and loader.dtype == torch.uint8
         self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if moved_here else None
-        self.rate = torch.zeros((), device=self.device)
-        self.optimizer = self._optimizer()
-        self._fill_optimizer_state()
-        self.low = None if precision.amp is None else LowWeights(model, precision.amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE, enabled=precision.scaled)
+        self.optimizer = MixedPrecisionOptimizer(model, config, precision, self.device)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
         self.rates = one_cycle(self.steps, peak, config.warmup)
@@ -111,42 +84,6 @@ class Trainer:
         self._right = torch.zeros(len(loader), device=self.device)
         self._loaded: tuple[torch.Tensor, torch.Tensor, int]  # images, labels, place of the first batch
         self._moves: tuple[int, torch.Tensor | None] | None = None  # an epoch's transforms
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(
-                self.model.parameters(),
-                lr=self.rate,
-                betas=(config.momentum, 0.999),
-                weight_decay=config.weight_decay,
-                fused=True,
-                capturable=self.device.type == "cuda",
-            )
-        return torch.optim.SGD(
-            self.model.parameters(),
-            lr=self.rate,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-
-    def _fill_optimizer_state(self) -> None:
-        """Momenta of zeros, by a step at rate 0.
-
-        Fused SGD makes them at its first step from memory as it comes, and does not write them when a scaler skips it.
-        """
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for value in self._optimizer_state():
-            value.zero_()
-
-    def _optimizer_state(self) -> list[torch.Tensor]:
-        values = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [value for value in values if isinstance(value, torch.Tensor)]
 
     def prepare(self, images: torch.Tensor, transforms: torch.Tensor | None) -> torch.Tensor:
         """Augments and normalises images (n, C, H, W) uint8 after transforms (n, 2, 3) or None, for `compute`.
@@ -165,7 +102,8 @@ class Trainer:
         """Classifies images (B, C, H, W) that are prepared, and holds that against labels (B,) int64."""
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            logits = functional_call(self.model, self.low.tensors, (images,)) if self.low else self.model(images)
+            low = self.optimizer.low
+            logits = self.model(images) if low is None else functional_call(self.model, low.tensors, (images,))
         loss = functional.cross_entropy(logits.float(), self._targets.index_select(0, labels))
         return loss, (logits.argmax(1) == labels).sum()
 
@@ -175,15 +113,8 @@ class Trainer:
         Nothing in it waits for the device, and all that it changes stays where it is in memory.
         """
         loss, right = self.compute(images, labels)
-        self.scaler.scale(loss).backward()
-        join()
-        if self.low is not None:
-            self.low.hand_over_gradients()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.low is not None:
-            self.low.refresh()
+        self.optimizer.backward(loss)
+        self.optimizer.step()
         return loss.detach(), right
 
     def transforms(self, epoch: int) -> torch.Tensor | None:
@@ -218,7 +149,7 @@ class Trainer:
             images, labels, first = self._loaded
             size = self.loader.batch_size
             batch = slice((at - first) * size, (at - first + 1) * size)
-            self.rate.fill_(self.rates[self.step])
+            self.optimizer.rate.fill_(self.rates[self.step])
             self._losses[at], self._right[at] = self.update(images[batch], labels[batch])
         self.step += 1
 
@@ -253,72 +184,45 @@ class Trainer:
 
     def _trial(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None) -> None:
         """A forward and backward pass; statistics, gradients and random state are as before."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        random_state = _random_state(self.device)
-        try:
+        with self._rehearsal(self.model.buffers()):
             loss, _ = self.compute(self.prepare(images, transforms), labels)
-            self.scaler.scale(loss).backward()
-            join()
+            self.optimizer.backward(loss)
             self.synchronize()
-        finally:
-            self._forget_gradients()
-            with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
-                    buffer.copy_(buffers[name])
-            _set_random_state(random_state, self.device)
 
-    def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.low is not None:
-            for tensor in self.low.tensors.values():
-                tensor.grad = None
+    @contextmanager
+    def _rehearsal(self, changed: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Leaves no trace of the passes in its block, which write to `changed`."""
+        scale = self.optimizer.scaler.state_dict()
+        with restoring(changed, self.device):
+            try:
+                yield
+            finally:
+                self.optimizer.drop_gradients()
+                if self.precision.scaled:
+                    self.optimizer.scaler.load_state_dict(scale)
 
     @fastest_convolutions
     def record_graph(self, record: Callable[[Body, Body], Body] = cuda_graph) -> None:
         """From now on a step is one CUDA graph. Raises RuntimeError as StepGraph."""
         images, labels, transforms = self._example()
-        random_state = _random_state(self.device)
-        self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
-        scaler = self.scaler.state_dict()
-        low = [] if self.low is None else list(self.low.tensors.values())
-        try:
+        with self._rehearsal([*self.optimizer.tensors(), *self.model.buffers(), self._losses, self._right]):
             self.graph = StepGraph(
                 self.update,
                 self.prepare(images, transforms),
                 labels,
                 self.loader.batch_size,
-                self.rate,
+                self.optimizer.rate,
                 torch.tensor(self.rates, device=self.device),
                 self._losses,
                 self._right,
-                [
-                    *self.model.parameters(),
-                    *self.model.buffers(),
-                    *low,
-                    *self._optimizer_state(),
-                    self._losses,
-                    self._right,
-                ],
                 record,
             )
-        finally:
-            self._forget_gradients()
-            if self.precision.scaled:
-                self.scaler.load_state_dict(scaler)
-            _set_random_state(random_state, self.device)
 
     def begin_again(self, model: nn.Module, loader: EpochLoader) -> None:
         """From step 0 with the weights of `model` and the order of `loader`, and what was compiled or recorded."""
-        with torch.no_grad():
-            self.model.load_state_dict(model.state_dict())
-            for value in self._optimizer_state():
-                value.zero_()
-        if self.low is not None:
-            self.low.refresh()
+        self.model.load_state_dict(model.state_dict())
+        self.optimizer.reset()
         self.loader, self._moves = loader, None
-        if self.precision.scaled:
-            fresh = torch.amp.GradScaler(self.device.type, init_scale=FIRST_SCALE)
-            self.scaler.load_state_dict(fresh.state_dict())  # in place: a recorded step has these tensors
         self.step, self.seconds = 0, 0.0
         self._losses.zero_()
         self._right.zero_()
@@ -472,10 +376,9 @@ class Trainer:
         """All that the next step depends on, and the sums of the epoch so far; tensors and plain values."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.optimizer.state_dict(),
             "loader": self._loader_state(),
-            "random": _random_state(self.device),
+            "random": random_state(self.device),
             "amp": self.precision.name,
             "step": self.step,
             "seconds": self.seconds,
@@ -489,18 +392,8 @@ class Trainer:
         Raises:
             DataError: the state is damaged, or of another model, precision, file or setting; the trainer is as before.
         """
-        here = self.state_dict()
         state = {"amp": self.precision.name} | state
-        for name in ("optimizer", "random", "loader"):
-            _check_like({}, state.get(name), name, whole=False)
-        if state["amp"] != self.precision.name:
-            raise DataError(f"the state was taken with --amp {state['amp']}, this run has {self.precision.name}")
-        # The optimizer's settings are those of this run; the loader checks its own part.
-        del here["optimizer"]["param_groups"], here["loader"]
-        if "cuda" not in state["random"]:
-            here["random"].pop("cuda", None)
-        for name, expected in here.items():
-            _check_like(expected, state.get(name), name, whole=name not in ("optimizer", "random"))
+        check_state(state, self.state_dict())
         step, at = state["step"], (state["loader"].get("epoch"), state["loader"].get("batch"))
         if not 0 <= step <= self.steps or at != divmod(step, len(self.loader)) or not 0 <= state["seconds"] < math.inf:
             raise DataError(
@@ -509,18 +402,11 @@ class Trainer:
             )
         self.loader.load_state_dict(state["loader"])
         self.model.load_state_dict(state["model"])
-        with torch.no_grad():  # in place: a recorded step has these tensors
-            parameters = list(self.model.parameters())
-            for number, saved in state["optimizer"]["state"].items():
-                for name, value in saved.items():
-                    self.optimizer.state[parameters[number]][name].copy_(value)
-        if self.low is not None:
-            self.low.refresh()
-        self.scaler.load_state_dict(state["scaler"])
+        self.optimizer.load_state_dict(state)
         self.step, self.seconds = step, state["seconds"]
         self._losses.copy_(state["losses"])
         self._right.copy_(state["right"])
-        _set_random_state(state["random"], self.device)
+        set_random_state(state["random"], self.device)
 
 
 def _batches_together(loader: EpochLoader) -> int:
@@ -532,33 +418,3 @@ def _batches_together(loader: EpochLoader) -> int:
         return 1
     most = STREAMED_TOGETHER if loader.needs_file else len(loader)
     return max(1, min(most, CHUNK_VALUES // (loader.batch_size * loader.file.image_size)))
-
-
-def _check_like(expected: Any, found: Any, name: str, whole: bool = True) -> None:
-    """Raises DataError naming the part of `found` that differs from `expected` in its keys, types, shapes or dtypes.
-
-    whole: whether a mapping may have no more keys than is expected.
-    """
-    alike = isinstance(found, type(expected)) and isinstance(found, bool) == isinstance(expected, bool)
-    if isinstance(expected, torch.Tensor):
-        alike = alike and (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    elif isinstance(expected, dict) and alike:
-        alike = expected.keys() <= found.keys() and (not whole or len(found) == len(expected))
-        for key in expected if alike else ():
-            _check_like(expected[key], found[key], f"{name}.{key}")
-    if not alike:
-        raise DataError(f"the state is damaged, or of another run: its {name} is not what this run's would be")
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Of dropout and its like: the order and the augmentation have random bits of their own."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

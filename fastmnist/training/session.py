@@ -26,8 +26,9 @@ from fastmnist.system.machine import choose_device
 from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU, Evaluation, evaluate_model
 from fastmnist.training.live_taps import use_live_taps
-from fastmnist.training.loop import DEFAULT_RATES, Trainer
+from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model, count_parameters, stop_counting
+from fastmnist.training.optimizer import DEFAULT_RATES
 from fastmnist.training.overlap import overlap
 from fastmnist.training.precision import Precision, choose_compile, choose_precision
 

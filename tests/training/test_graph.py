@@ -92,12 +92,10 @@ def begin(beton: Path, device: str, request: pytest.FixtureRequest) -> Begin:
 def state(of: Trainer) -> dict[str, torch.Tensor]:
     """All that a later step depends on."""
     found = {name: value.clone() for name, value in of.model.state_dict().items()}
-    for number, value in enumerate(of._optimizer_state()):
+    for number, value in enumerate(of.optimizer.tensors()):
         found[f"optimizer {number}"] = value.clone()
-    if of.low is not None:
-        found |= {f"low {name}": value.detach().clone() for name, value in of.low.tensors.items()}
     if of.precision.scaled:
-        found["scale"] = torch.tensor(of.scaler.get_scale())
+        found["scale"] = torch.tensor(of.optimizer.scaler.get_scale())
     return found
 
 
@@ -198,5 +196,5 @@ def test_fp16_starts_where_no_step_is_lost(begin: Begin, mode: str) -> None:
     each = begin(False, torch.float16)
     set_up_compile(each, mode)
     finish(each)
-    assert each.scaler.get_scale() == 1024
+    assert each.optimizer.scaler.get_scale() == 1024
     assert all(torch.isfinite(value).all() for value in state(each).values())

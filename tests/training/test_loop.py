@@ -14,8 +14,9 @@ from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.loader.loader import Loader
 from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import StopRequested, evaluate_model
-from fastmnist.training.loop import Trainer, one_cycle
+from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model
+from fastmnist.training.optimizer import one_cycle
 from fastmnist.training.precision import Precision
 
 FLOAT32 = Precision(None, "a test")
@@ -285,30 +286,41 @@ def test_begun_again_as_if_new(beton: Path) -> None:
 def test_a_first_step_that_the_scaler_skips_leaves_no_trace(beton: Path) -> None:
     """Fused SGD would keep momenta that nobody wrote: memory as the allocator had it."""
     each = trainer(beton, precision=Precision(torch.float16, "a test"))
-    assert each.scaler.get_scale() == 1024
+    assert each.optimizer.scaler.get_scale() == 1024
     dirty = [torch.full_like(parameter, 7e8) for parameter in each.model.parameters() for _ in range(20)]
     del dirty
     parameters = dict(each.model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    assert each.low is not None
-    hook = next(iter(each.low.tensors.values())).register_hook(lambda grad: grad * float("inf"))
+    assert each.optimizer.low is not None
+    hook = next(iter(each.optimizer.low.tensors.values())).register_hook(lambda grad: grad * float("inf"))
     each.load(*next(iter(each.loader)), None, 0)
     each.train_step(0)
     hook.remove()
-    assert each.scaler.get_scale() == 512
+    assert each.optimizer.scaler.get_scale() == 512
     assert same(before, parameters)
-    assert not any(state["momentum_buffer"].any() for state in each.optimizer.state.values())
+    assert not any(state["momentum_buffer"].any() for state in each.optimizer.base.state.values())
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adamw"}])
 def test_momenta_of_zeros_are_those_of_a_new_optimizer(beton: Path, settings: dict) -> None:
     ours = trainer(beton, **settings)
-    plain = ours._optimizer()  # has made no momenta yet
+    config, weights = ours.config, ours.model.parameters()
+    plain: torch.optim.Optimizer  # has no momenta yet
+    if config.optimizer == "adamw":
+        plain = torch.optim.AdamW(weights, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+    else:
+        plain = torch.optim.SGD(
+            weights,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
     generator = torch.Generator().manual_seed(0)
     parameters, results = list(ours.model.parameters()), []
     begun = [parameter.detach().clone() for parameter in parameters]
     grads = [[torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(3)]
-    for optimizer in (ours.optimizer, plain):
+    for optimizer in (ours.optimizer.base, plain):
         with torch.no_grad():
             for parameter, value in zip(parameters, begun, strict=True):
                 parameter.copy_(value)
