@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Augmentation": "fastmnist.loader.augment",
     "Beton": "fastmnist.beton.reader",
+    "ConfigError": "fastmnist.errors",
+    "DataError": "fastmnist.errors",
     "FastmnistError": "fastmnist.errors",
     "Loader": "fastmnist.loader.loader",
     "TrainConfig": "fastmnist.config",

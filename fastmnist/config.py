@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
-from fastmnist.errors import ConfigError
+from fastmnist.errors import ConfigError, check_limits
+from fastmnist.loader_settings import LoaderName, settings_of_run, unused_settings
 
 # Optional[...] instead of `| None`: the command line's types are read from these annotations on Python 3.10 too.
 # ruff: noqa: UP045
 
 Stem = Literal["imagenet", "stride2", "cifar"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
-LoaderName = Literal["ours", "ffcv", "dataloader", "tuned", "tensors"]
 Compile = Literal["auto", "off", "graph", "default", "max-autotune"]
 
 
@@ -185,40 +185,16 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
     def __post_init__(self) -> None:
         for name, value in checked_settings(vars(self)).items():
             object.__setattr__(self, name, value)
-        for name, low, high in (
-            ("val_size", 0, math.inf),
-            ("batch_size", 2, math.inf),  # batch normalisation needs two
-            ("workers", 0, 64),
-            ("threads", 0, 1024),
-            ("prefetch", 0, 64),
-            ("prefetch_factor", 1, 64),
-            ("batches_ahead", 1, 64),
-            ("images_seen", 1, math.inf),
-            ("momentum", 0, 0.9999),
-            ("weight_decay", 0, math.inf),
-            ("warmup", 0.01, 0.99),
-            ("label_smoothing", 0, 0.99),
-            ("shift", 0, math.inf),
-            ("rotation", 0, 180),
-            ("scale", 0, 0.9),
-            ("seed", 0, 2**63 - 1),
-            ("log_every", 1, math.inf),
-        ):
+        refuse_unused(vars(self))
+        own = {name: setting.limits for name, setting in settings_of_run(self.loader).items()}
+        for name, limits in (LIMITS | own).items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise ConfigError(f"{flag(name)} {value}: must be {limit}")
+            if value is not None and limits is not None:
+                check_limits(flag(name), value, *limits)
         for name in ("learning_rate", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{flag(name)} {value}: must be more than 0")
-        for name, neutral, needed in _without_effect(vars(self)):
-            value = getattr(self, name)
-            if value not in (None, neutral):
-                shown = (
-                    f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name if value else f"no_{name}")
-                )
-                raise ConfigError(f"{shown}: has no effect without {needed}; leave it out")
+                raise ConfigError(f"{flag(name)} {value} must be more than 0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -228,30 +204,49 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
         return {name: value for name, value in self.to_dict().items() if name not in FOLDERS}
 
 
-def _without_effect(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """(name, the value that is taken anyway, what it needs) of each setting that changes nothing beside the others."""
-    loader, workers = settings["loader"], settings["workers"]
-    if loader not in ("ffcv", "dataloader", "tuned"):
-        yield "workers", None, "--loader ffcv, dataloader or tuned"
-    if loader != "ffcv":
-        yield "batches_ahead", 3, "--loader ffcv"
-        yield "os_cache", True, "--loader ffcv"
-    if loader not in ("dataloader", "tuned"):
-        for name in ("prefetch_factor", "persistent_workers", "pin_memory"):
-            yield name, None, "--loader dataloader or tuned"
-    elif workers == 0 or (workers is None and loader == "dataloader"):
-        yield "prefetch_factor", 2, "--workers of 1 or more"
-        yield "persistent_workers", loader == "tuned", "--workers of 1 or more"
-    if settings["model"] != "resnet18":
-        yield "stem", "imagenet", "--model resnet18"
-        yield "live_taps", True, "--model resnet18"
+LIMITS: dict[str, tuple[float, float] | None] = {
+    "val_size": (0, math.inf),
+    "batch_size": (2, math.inf),  # batch normalisation needs two
+    "images_seen": (1, math.inf),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, math.inf),
+    "warmup": (0.01, 0.99),
+    "label_smoothing": (0, 0.99),
+    "shift": (0, math.inf),
+    "rotation": (0, 180),
+    "scale": (0, 0.9),
+    "seed": (0, 2**63 - 1),
+    "log_every": (1, math.inf),
+}
+"""Least and most of a run's numbers, but for those of loaders, which `loader_settings` has."""
 
 
-def without_void(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run that was begun when those without effect were taken: these as if they had been left out."""
-    every = asdict(TrainConfig()) | dict(settings)
-    neutral = {name: value for name, value, _ in _without_effect(every) if name in settings}
-    return {**settings, **neutral}
+def unused(settings: Mapping[str, Any], device: str = "") -> dict[str, tuple[Any, str]]:
+    """Settings that change nothing beside the others, with all as `loader_settings.unused_settings` gives them.
+
+    Args:
+        settings: some or all of a run's.
+        device: its type; "" while it is unknown.
+    """
+    every = {**DEFAULTS, **settings}
+    found = unused_settings(every, DEFAULTS, device)
+    if every["model"] != "resnet18":
+        found |= {name: (DEFAULTS[name], "--model resnet18") for name in ("stem", "live_taps")}
+    return {name: why for name, why in found.items() if name in settings}
+
+
+def refuse_unused(settings: Mapping[str, Any], device: str = "") -> None:
+    """Raises ConfigError for a setting that changes nothing beside the others; `device` as in `unused`."""
+    for name, (neutral, missing) in unused(settings, device).items():
+        value = settings[name]
+        if value not in (None, neutral):
+            given = flag(name if value else f"no_{name}") if isinstance(value, bool) else f"{flag(name)} {value}"
+            raise ConfigError(f"{given}: has no effect without {missing}; leave it out")
+
+
+def without_unused(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run whose version took those without effect, these at the value that changes nothing either."""
+    return {**settings, **{name: neutral for name, (neutral, _) in unused(settings).items()}}
 
 
 def checked_settings(values: Mapping[Any, Any], source: str = "") -> dict[str, Any]:
@@ -314,3 +309,6 @@ FOLDERS = ("data_dir", "cache_dir", "out")  # of one machine: no part of what wa
 def flag(name: str) -> str:
     """The command line's name of a setting."""
     return "--" + name.replace("_", "-")
+
+
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}

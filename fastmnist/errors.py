@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -18,16 +19,21 @@ class ConfigError(FastmnistError):
     """A setting has a value that cannot work; the command line answers it with exit status 2."""
 
 
-def whole_number(name: str, value: Any, least: float = 0) -> int:
+def whole_number(name: str, value: Any, least: int = 0, most: float = math.inf) -> int:
     """`value` as a Python int: those of numpy and torch are neither JSON nor loaded with weights_only.
 
     Raises:
-        ConfigError: it is no integer, or below `least`.
+        ConfigError: `value` is no integer, or not in least to most.
     """
     try:
         number = operator.index(value)
     except TypeError:
         raise ConfigError(f"{name} {value!r} must be a whole number") from None
-    if number < least:
-        raise ConfigError(f"{name} {number} must be at least {least}")
+    check_limits(name, number, least, most)
     return number
+
+
+def check_limits(name: str, value: float, least: float, most: float) -> None:
+    """Raises ConfigError for a number that is not in least to most, or NaN."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name} {value} must be {f'at least {least}' if most == math.inf else f'{least} to {most}'}")

@@ -23,7 +23,7 @@ def test_import_and_help_load_nothing_heavy(code: str) -> None:
 def test_every_public_name_is_there() -> None:
     for name in fastmnist.__all__:
         assert getattr(fastmnist, name) is not None
-    assert set(dir(fastmnist)) >= {"Loader", "train", "write_beton"}
+    assert set(dir(fastmnist)) >= {"ConfigError", "DataError", "FastmnistError", "Loader", "train", "write_beton"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fastmnist.nothing
 

@@ -91,7 +91,7 @@ def main() -> None:
     found = tune(config, loader="tuned", budget=BUDGET, loader_only=True)
     with training_setup(config, Reporter(quiet=True)) as setup:
         space = space_of("tuned", setup.device, [config.batch_size], [config.order])
-        candidates = combinations(space, lambda settings: simplest(settings, "stream"))
+        candidates = combinations(space, lambda settings: simplest(settings, "stream", setup.device))
         rows = judged("tuned DataLoader", found, candidates, lambda settings: make_loader(setup, settings))
     found = tune_loader(slow_loader, SLOW, budget=BUDGET, same_as=without_effect)
     rows += judged("slow source", found, combinations(SLOW, without_effect), lambda settings: slow_loader(**settings))

@@ -20,6 +20,7 @@ from fastmnist.errors import ConfigError
 from fastmnist.loader.epochs import Batch, EpochLoader
 from fastmnist.loader.kernels import gather
 from fastmnist.loader.order import AUGMENT_STREAM, random_bits
+from fastmnist.loader_settings import DATALOADER, checked_numbers
 
 Data = str | os.PathLike[str] | Beton
 
@@ -85,9 +86,9 @@ class _Planned(Baseline):
         pin_memory: bool | None,
         **common: Any,
     ) -> None:
-        check_workers(workers, 0)
-        if prefetch_factor < 1:
-            raise ConfigError(f"prefetch_factor {prefetch_factor} must be at least 1")
+        [prefetch_factor] = checked_numbers(DATALOADER, prefetch_factor=prefetch_factor)
+        if workers is not None:
+            [workers] = checked_numbers(DATALOADER, workers=workers)
         super().__init__(data, batch_size, **common)
         if workers is None:
             workers = 0 if self.device.type == "cpu" and cpu_count() <= 2 else min(MOST_WORKERS, cpu_count())
@@ -108,8 +109,7 @@ class _Planned(Baseline):
         )
 
     def _settings(self) -> dict[str, Any]:
-        own = ("workers", "prefetch_factor", "persistent_workers", "pin_memory")
-        return super()._settings() | {name: getattr(self, name) for name in own}
+        return super()._settings() | {name: getattr(self, name) for name in DATALOADER}
 
     @abstractmethod
     def _source(self) -> tuple[Dataset[Any], Callable[[Any], Any] | None]:
@@ -263,9 +263,3 @@ class TunedDataLoader(_Planned):
             images.permute(0, 3, 1, 2).to(self.device, non_blocking=True),
             labels.to(self.device, non_blocking=True),
         )
-
-
-def check_workers(workers: int | None, least: int) -> None:
-    """Raises ConfigError naming the least."""
-    if workers is not None and workers < least:
-        raise ConfigError(f"workers {workers} must be at least {least}")

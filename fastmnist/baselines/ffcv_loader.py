@@ -14,11 +14,12 @@ import numba
 import numpy as np
 import torch
 
-from fastmnist.baselines.dataloaders import Baseline, Data, check_workers
+from fastmnist.baselines.dataloaders import Baseline, Data
 from fastmnist.baselines.workers import LONGEST_WAIT
 from fastmnist.errors import ConfigError
 from fastmnist.loader.epochs import Batch
 from fastmnist.loader.order import Window
+from fastmnist.loader_settings import FFCV, checked_numbers
 
 LOOK_AGAIN = 0.5  # seconds between two looks at whether a thread that is waited for still runs
 HOW_TO_GET_FFCV = (
@@ -61,12 +62,10 @@ class FFCVLoader(Baseline):
         reuse_buffers: bool = False,
         **common: Any,
     ) -> None:
-        check_workers(workers, 1)
+        workers, batches_ahead = checked_numbers(FFCV, workers=workers, batches_ahead=batches_ahead)
         most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         if workers > most:
             raise ConfigError(f"workers {workers}: numba has {most} threads for FFCV here")
-        if batches_ahead < 1:
-            raise ConfigError(f"batches_ahead {batches_ahead} must be at least 1")
         with _thread_counts_kept():
             ffcv = _import_ffcv()
         super().__init__(data, batch_size, **common)
@@ -99,8 +98,7 @@ class FFCVLoader(Baseline):
         return True
 
     def _settings(self) -> dict[str, Any]:
-        own = ("workers", "batches_ahead", "os_cache", "reuse_buffers")
-        return super()._settings() | {name: getattr(self, name) for name in own}
+        return super()._settings() | {name: getattr(self, name) for name in (*FFCV, "reuse_buffers")}
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"order": f"ffcv {self.order}"}

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from fastmnist.beton.reader import Beton, Verify
-from fastmnist.errors import whole_number
 from fastmnist.loader.augment import Augmentation, warp_on_device
 from fastmnist.loader.cuda import copied_batches, on_device
 from fastmnist.loader.epochs import DTYPES, Batch, EpochLoader, check_choice
@@ -22,6 +21,7 @@ from fastmnist.loader.kernels import gather
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.loader.order import EpochOrder, Kind, Uneven, Window
 from fastmnist.loader.windows import WindowReader
+from fastmnist.loader_settings import OURS, checked_numbers
 from fastmnist.system.machine import available_memory
 
 __all__ = ["DTYPES", "Batch", "Loader"]
@@ -106,7 +106,7 @@ class Loader(EpochLoader):
         indices: Sequence[int] | np.ndarray | None = None,
         verify: Verify = "size",
     ) -> None:
-        threads, prefetch = whole_number("threads", threads), whole_number("prefetch", prefetch)
+        threads, prefetch = checked_numbers(OURS, threads=threads, prefetch=prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
         self.placement: str = placement
         super().__init__(
@@ -150,11 +150,7 @@ class Loader(EpochLoader):
         return super()._choose_order(shuffle)
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {
-            "placement": self.placement,
-            "threads": self.threads,
-            "prefetch": self.prefetch,
-        }
+        return super()._settings() | {name: getattr(self, name) for name in OURS}
 
     def _prepare(self) -> None:
         mend_array_types()

@@ -14,9 +14,10 @@ import yaml
 from joblib import cpu_count
 
 from fastmnist.baselines.loaders import LOADERS
-from fastmnist.config import LoaderName, TrainConfig
+from fastmnist.config import TrainConfig, unused
 from fastmnist.errors import ConfigError
 from fastmnist.files import write_bytes
+from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Settings, combinations, describe
 from fastmnist.measure.loops import TrainingSetup, training_setup
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
@@ -24,7 +25,6 @@ from fastmnist.system.progress import Reporter
 from fastmnist.training.session import loader_settings
 
 LEAST_BUDGET = 1.0
-MOST_SPACE_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -154,48 +154,21 @@ def space_of(
     loader: LoaderName, device: torch.device, batch_sizes: Sequence[int], orders: Sequence[str]
 ) -> dict[str, Sequence[Any]]:
     """The values of each setting to try on this machine, the simplest first; names are those of `TrainConfig`."""
-    cores, gpu = cpu_count(), device.type == "cuda"
-    workers = sorted({0, 1, 2, min(4, cores), min(MOST_SPACE_WORKERS, cores)})
-    common: dict[str, Sequence[Any]] = {"loader": [loader], "batch_size": batch_sizes}
-    if loader == "ours":
-        return common | {
-            "order": orders,
-            "placement": ["auto", "resident", "stream"] if gpu else ["auto", "resident"],
-            "threads": sorted({0, 1, 2, cores}),
-            "prefetch": [3, 1, 2, 8] if gpu else [3],
-        }
-    if loader == "ffcv":
-        return common | {
-            "order": orders,
-            "workers": sorted({1, min(2, cores), cores}),
-            "batches_ahead": [3, 1, 8],
-            "os_cache": [True, False],
-        }
-    if loader in ("dataloader", "tuned"):
-        return common | {
-            "workers": workers,
-            "prefetch_factor": [2, 4],
-            "persistent_workers": [False, True] if loader == "dataloader" else [True, False],
-            "pin_memory": ([False, True] if loader == "dataloader" else [True, False]) if gpu else [False],
-        }
-    return common
+    cores = cpu_count()
+    own = {name: setting.search(device.type, cores) for name, setting in LOADER_SETTINGS[loader].items()}
+    pages = {"order": orders} if loader in ("ours", "ffcv") else {}  # the other loaders read no pages of the file
+    return {"loader": [loader], "batch_size": batch_sizes, **pages, **own}
 
 
-def simplest(settings: Settings, placement: str) -> Settings:
+def simplest(settings: Settings, placement: str, device: torch.device) -> Settings:
     """The simplest settings with the same effect.
 
-    placement: the meaning of "auto" here.
+    placement: the meaning of "auto" on `device`.
     """
-    same = dict(settings)
-    if same["loader"] == "ours":
-        if same["placement"] == placement:
-            same["placement"] = "auto"
-        resident = (placement if same["placement"] == "auto" else same["placement"]) == "resident"
-        if resident and torch.cuda.is_available():
-            same |= {"threads": 0, "prefetch": 3}
-    if same["loader"] in ("dataloader", "tuned") and not same["workers"]:
-        same |= {"prefetch_factor": 2, "persistent_workers": same["loader"] == "tuned"}
-    return same
+    same, meant = dict(settings), dict(settings)
+    if same.get("placement") in ("auto", placement):
+        same["placement"], meant["placement"] = "auto", placement
+    return same | {name: neutral for name, (neutral, _) in unused(meant, device.type).items()}
 
 
 def tune(
@@ -283,7 +256,7 @@ def _candidates(
     def label(settings: Settings) -> str:
         return f"{name}: {describe(settings, defaults)}" if named else describe(settings, defaults)
 
-    return combinations(space, lambda settings: simplest(settings, placement), label)
+    return combinations(space, lambda settings: simplest(settings, placement, setup.device), label)
 
 
 def make_loader(setup: TrainingSetup, settings: Settings) -> Iterable[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmnist.config import TrainConfig, checked_settings, flag, without_void
+from fastmnist.config import TrainConfig, checked_settings, flag, without_unused
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.loader.loader import Loader
 from fastmnist.runs.tensorboard import summary_writer, tensorboard_events
@@ -118,8 +118,8 @@ def _resume_claimed(
             f"nothing to go on from; fastmnist train --config {run.path / CONFIG} begins it again, in a new folder"
         )
     content, state = load_checkpoint(run.path)
-    saved = without_void(checked_settings(content, f"{run.path / CHECKPOINT}: "))
-    in_file = without_void(run.read_config())
+    saved = checked_settings(content, f"{run.path / CHECKPOINT}: ")
+    in_file = run.read_config()
     for source, values, names in (
         (f"{run.path / CONFIG} has", in_file, sorted(saved.keys() | in_file.keys())),
         ("the command line has", given, sorted(given)),
@@ -131,7 +131,7 @@ def _resume_claimed(
                     f"{run.path} was trained with {flag(name)} {before}, {source} {now}; "
                     "a resumed run keeps its settings: take the change back, or begin a new run"
                 )
-    config = TrainConfig(**saved)
+    config = TrainConfig(**without_unused(saved))
     summary = run.read_summary()
     if summary.get("interrupted") is False:
         raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")

@@ -16,11 +16,12 @@ from torch import nn
 
 from fastmnist.baselines.loaders import LOADERS
 from fastmnist.beton.reader import Beton
-from fastmnist.config import TrainConfig
+from fastmnist.config import TrainConfig, refuse_unused
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.loader import Loader
+from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.prepare.prepare import PrepareProgress, prepare
 from fastmnist.system.machine import choose_device
 from fastmnist.training.compiling import set_up_compile
@@ -193,7 +194,7 @@ def make_loaders(
         ConfigError: a setting changes nothing on this device, and that is to be checked.
     """
     if check_effect:
-        _check_effect(config, device)
+        refuse_unused(config.to_dict(), device.type)
     training, validation = _split(files.train, config)
 
     common: dict[str, Any] = {
@@ -204,7 +205,7 @@ def make_loaders(
 
     def evaluation(file: Beton, indices: np.ndarray | None) -> Loader:
         size = EVALUATION_BATCH if device.type == "cpu" else EVALUATION_BATCH_ON_GPU
-        return Loader(file, size, shuffle=False, indices=indices, **common, **_settings_of_ours(config))
+        return Loader(file, size, shuffle=False, indices=indices, **common, **_own(config, "ours"))
 
     return RunLoaders(
         train=LOADERS[config.loader](
@@ -219,17 +220,6 @@ def make_loaders(
         validation=None if validation is None else evaluation(files.train, validation),
         test=evaluation(files.test, None),
     )
-
-
-def _check_effect(config: TrainConfig, device: torch.device) -> None:
-    """Raises ConfigError for a setting that changes nothing on this device."""
-    if device.type == "cpu" and config.pin_memory:
-        raise ConfigError("--pin-memory: has no effect on a CPU; leave it out")
-    if config.prefetch != TrainConfig.prefetch and (device.type == "cpu" or config.placement == "resident"):
-        where = "on a CPU" if device.type == "cpu" else "with --placement resident"
-        raise ConfigError(f"--prefetch {config.prefetch}: has no effect {where}; leave it out")
-    if config.threads and device.type != "cpu" and config.placement == "resident":
-        raise ConfigError(f"--threads {config.threads}: has no effect with --placement resident; leave it out")
 
 
 def make_model(files: RunFiles, config: TrainConfig, device: torch.device) -> nn.Module:
@@ -257,24 +247,16 @@ def loader_settings(config: TrainConfig) -> dict[str, Any]:
 
     An `augment` is among it where the loader augments and the Trainer does not (sample by sample).
     """
-    optional: dict[str, Any] = {}  # None is the loader's own default
-    settings: dict[str, Any] = {"order": config.order}
-    if config.loader == "ours":
-        settings |= _settings_of_ours(config)
-    elif config.loader == "ffcv":
-        optional = {"workers": config.workers}
-        settings |= {"batches_ahead": config.batches_ahead, "os_cache": config.os_cache}
-    elif config.loader in ("dataloader", "tuned"):
-        names = ("workers", "prefetch_factor", "persistent_workers", "pin_memory")
-        optional = {name: getattr(config, name) for name in names}
-        if config.loader == "dataloader" and config.augment:
-            optional["augment"] = Augmentation(config.shift, config.rotation, config.scale)
-    return settings | {name: value for name, value in optional.items() if value is not None}
+    settings = _own(config, config.loader)
+    if config.loader == "dataloader" and config.augment:
+        settings["augment"] = Augmentation(config.shift, config.rotation, config.scale)
+    return {"order": config.order} | settings
 
 
-def _settings_of_ours(config: TrainConfig) -> dict[str, Any]:
-    """Those that evaluation takes too, whatever loads the training images."""
-    return {"placement": config.placement, "threads": config.threads, "prefetch": config.prefetch}
+def _own(config: TrainConfig, loader: LoaderName) -> dict[str, Any]:
+    """The settings that a loader alone has; one that is None keeps the loader's own default."""
+    values = {name: getattr(config, name) for name in LOADER_SETTINGS[loader]}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _split(file: Beton, config: TrainConfig) -> tuple[np.ndarray, np.ndarray | None]:

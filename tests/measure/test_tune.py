@@ -49,7 +49,7 @@ def tuning_of(candidate: Candidate, settings) -> Tuning:
 def test_every_combination_is_one_that_train_takes(kind, config) -> None:
     """And it hands out the samples that the run's own loader does, in the same order."""
     space = space_of(kind, CPU, [config.batch_size], ["auto"])
-    found = combinations(space, lambda settings: simplest(settings, "stream"))
+    found = combinations(space, lambda settings: simplest(settings, "stream", CPU))
     with training_setup(replace(config, loader=kind), Reporter(quiet=True)) as setup:
         expected = setup.loaders.train.epoch_indices(0)
         for candidate in found:
@@ -80,11 +80,11 @@ def test_the_first_value_of_each_setting_is_trains_default() -> None:
 
 def test_what_has_no_effect_is_not_searched() -> None:
     space = space_of("tuned", CPU, [64], ["auto"])
-    found = combinations(space, lambda settings: simplest(settings, "stream"))
+    found = combinations(space, lambda settings: simplest(settings, "stream", CPU))
     alone = [c for c in found if c.settings["workers"] == 0]
     assert len(alone) == 1
     assert len(found) == 1 + 4 * (len(space["workers"]) - 1)
-    ours = combinations(space_of("ours", CPU, [64], ["auto"]), lambda settings: simplest(settings, "stream"))
+    ours = combinations(space_of("ours", CPU, [64], ["auto"]), lambda settings: simplest(settings, "stream", CPU))
     assert {c.settings["placement"] for c in ours} == {"auto", "resident"}
 
 
