@@ -197,18 +197,16 @@ def describe_ladder() -> Parser:
 def ladder_command(options: Any) -> int:
     from fastmnist.files import write_bytes
     from fastmnist.report.ladder_chart import ladder_markdown, ladder_table, notes, plot_ladder
-    from fastmnist.runs.ladder import default_images, ladder
+    from fastmnist.runs.ladder import ladder
     from fastmnist.system.progress import Reporter
 
     reporter = Reporter()
-    images = options.images
-    if images is None and options.quick:
-        images = default_images(options.device) // 4
     with new_folder(options.out, "ladder") as folder:
         with reporter.working() as progress:
             found = ladder(
-                seeds=options.seeds if options.seeds is not None else 1 if options.quick else 3,
-                images=images,
+                seeds=options.seeds,
+                images=options.images,
+                quick=options.quick,
                 dataset=options.dataset,
                 data_dir=options.data_dir,
                 device=options.device,

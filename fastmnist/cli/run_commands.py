@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from fastmnist.cli.parser import (
     INTERRUPTED,
@@ -16,9 +15,6 @@ from fastmnist.cli.parser import (
     run_settings,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from fastmnist.training.evaluate import Evaluation
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
 
@@ -109,47 +105,18 @@ def describe_evaluate() -> Parser:
 
 
 def evaluate_command(options: Any) -> int:
+    from rich.console import Console
+
     from fastmnist.inference.predict import evaluate
+    from fastmnist.report.tables import evaluation_tables
 
     result, names = evaluate(options.run, data_dir=options.data_dir, device=options.device)
-    confusion = result.confusion()
-    _print_evaluation(result, confusion, names)
-    per_class = {
-        name: float(row[i] / max(row.sum(), 1)) for i, (name, row) in enumerate(zip(names, confusion, strict=True))
-    }
-    content = {
-        "test_accuracy": result.accuracy,
-        "test_loss": result.loss,
-        "test_images": len(result.labels),
-        "per_class": per_class,
-        "confusion": confusion.tolist(),
-    }
-    write_json(options.json, content)
-    return 0
-
-
-def _print_evaluation(result: Evaluation, confusion: Any, names: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("class", "images", "right", "accuracy", "most often taken for")
-    for index, (name, row) in enumerate(zip(names, confusion, strict=True)):
-        wrong = row.copy()
-        wrong[index] = 0
-        mistaken = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
-        total = int(row.sum())
-        table.add_row(name, f"{total:,}", f"{row[index]:,}", f"{row[index] / max(total, 1):.2%}", mistaken)
     console = Console(highlight=False)
-    console.print(table)
-    if len(names) <= 10:
-        matrix = Table("true \\ predicted", *names)
-        for name, row in zip(names, confusion, strict=True):
-            matrix.add_row(name, *(str(count) if count else "·" for count in row))
-        console.print(matrix)
-    wrong_count = int((result.predictions != result.labels).sum())
-    console.print(
-        f"Test accuracy {result.accuracy:.2%} ({wrong_count:,} of {len(result.labels):,} wrong)", markup=False
-    )
+    for table in evaluation_tables(result.confusion(), names):
+        console.print(table)
+    console.print(f"Test accuracy {result.accuracy:.2%} ({result.mistakes:,} of {len(result.labels):,} wrong)")
+    write_json(options.json, result.to_dict(names))
+    return 0
 
 
 def describe_predict() -> Parser:

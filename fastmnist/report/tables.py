@@ -10,6 +10,7 @@ from fastmnist.presets import SIGNIFICANCE
 from fastmnist.system.environment import describe_hardware
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -111,6 +112,25 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
     lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
     return "\n".join([*lines, "", *footnotes(rows)]) + "\n"
+
+
+def evaluation_tables(confusion: np.ndarray, class_names: Sequence[str]) -> list[Table]:
+    """Accuracy per class; and, of at most ten classes, the confusion matrix.
+
+    confusion: (C, C) counts, rows are true classes.
+    """
+    from rich.table import Table
+
+    classes = Table("class", "images", "right", "accuracy", "most often taken for")
+    matrix = Table("true \\ predicted", *class_names)
+    for index, (name, row) in enumerate(zip(class_names, confusion, strict=True)):
+        wrong = row.copy()
+        wrong[index] = 0
+        mistaken = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
+        total = int(row.sum())
+        classes.add_row(name, f"{total:,}", f"{row[index]:,}", f"{row[index] / max(total, 1):.2%}", mistaken)
+        matrix.add_row(name, *(str(count) if count else "·" for count in row))
+    return [classes, matrix] if len(class_names) <= 10 else [classes]
 
 
 def search_table(found: Mapping[str, Any]) -> Table:

@@ -152,8 +152,9 @@ class Ladder:
 
 def ladder(
     *,
-    seeds: int = 3,
+    seeds: int | None = None,
     images: int | None = None,
+    quick: bool = False,
     dataset: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
@@ -169,13 +170,16 @@ def ladder(
     is none has `left_out`, one that failed `error`, both with the reason.
 
     Args:
-        seeds: per rung. images: that each run trains on; by default `default_images`.
+        seeds: per rung; by default 3, or 1 if `quick`.
+        images: training images of each run; by default `default_images`, or a quarter of that if `quick`.
         dataset, data_dir, cache_dir, device: as for `train`.
         reporter, progress: as for `speedrun`.
 
     Raises:
         ConfigError: a number that cannot work. FastmnistError: the data cannot be used, or no rung could be measured.
     """
+    if seeds is None:
+        seeds = 1 if quick else 3
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
     if images is not None and images < GROUND["batch_size"]:
@@ -183,7 +187,7 @@ def ladder(
     begun = time.perf_counter()
     chosen = choose_device(device)
     on_gpu = chosen.type == "cuda"
-    seen = images or default_images(device)
+    seen = images or default_images(device) // (4 if quick else 1)
     reporter = reporter or Reporter(quiet=True)
     where = {"dataset": dataset, "data_dir": data_dir, "cache_dir": cache_dir, "device": device}
     settings = GROUND | {"images_seen": seen, "quiet": True}

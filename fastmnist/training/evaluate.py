@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,22 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         return float((self.predictions == self.labels).mean())
+
+    @property
+    def mistakes(self) -> int:
+        return int((self.predictions != self.labels).sum())
+
+    def to_dict(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Plain values, for --json."""
+        confusion = self.confusion()
+        shares = confusion.diagonal() / np.maximum(confusion.sum(1), 1)
+        return {
+            "test_accuracy": self.accuracy,
+            "test_loss": self.loss,
+            "test_images": len(self.labels),
+            "per_class": dict(zip(class_names, shares.tolist(), strict=True)),
+            "confusion": confusion.tolist(),
+        }
 
     def confusion(self) -> np.ndarray:
         """(C, C) int64: rows are true classes, columns predictions."""

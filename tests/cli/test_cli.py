@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fastmnist import files
 from fastmnist.cli.main import main
+from fastmnist.report.tables import evaluation_tables
 
 SMALL = ["--model", "small-cnn", "--epochs", "1", "--batch-size", "16", "--val-size", "0", "--quiet"]
 
@@ -56,9 +58,31 @@ def test_a_good_run_is_good(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     content = json.loads(report.read_text())
     assert content["folder"] == str(out)
     assert content["dataset"] == "mnist"
-    assert main(["evaluate", str(out)]) == 0
+    assert main(["evaluate", str(out), "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    confusion = np.array(found["confusion"])
+    assert found["test_images"] == confusion.sum() == 20
+    assert found["test_accuracy"] == content["test_accuracy"] == confusion.trace() / 20
+    for name, row, right in zip(found["per_class"], confusion, confusion.diagonal(), strict=True):
+        assert found["per_class"][name] * max(row.sum(), 1) == pytest.approx(right)
+    assert f"{20 - confusion.trace()} of 20 wrong" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "cache" / "mnist-train.beton")]) == 0
     assert "40 samples" in capsys.readouterr().out
+
+
+def test_the_tables_of_an_evaluation() -> None:
+    confusion = np.array([[5, 0, 3], [0, 0, 0], [1, 0, 1]])
+    console = Console(record=True, width=120)
+    classes, matrix = evaluation_tables(confusion, ["cat", "dog", "cow"])
+    console.print(classes)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
+    assert [line for line in lines if line] == [
+        ["cat", "8", "5", "62.50%", "cow (3)"],
+        ["dog", "0", "0", "0.00%", ""],
+        ["cow", "2", "1", "50.00%", "cat (1)"],
+    ]
+    assert (matrix.row_count, len(matrix.columns)) == (3, 4)
+    assert len(evaluation_tables(np.eye(11, dtype=int), [str(k) for k in range(11)])) == 1
 
 
 def test_wrong_usage(run: Callable[..., str], data: Path, tmp_path: Path) -> None:
