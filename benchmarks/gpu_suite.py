@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmnist.beton.reader import Beton
 from fastmnist.config import TrainConfig
-from fastmnist.measure.bench import QUICK, Plan, choose_sides
+from fastmnist.measure.bench import QUICK, Plan, choose_contenders
 from fastmnist.measure.bench import bench as compare
 from fastmnist.measure.contenders import OURS
 from fastmnist.prepare.prepare import prepare
@@ -335,8 +335,8 @@ def loading(suite: Suite) -> dict[str, Any]:
 def bench(suite: Suite) -> dict[str, Any]:
     plan, only = (Plan(1.0, 1, 1), OURS) if suite.dry else (QUICK, None)
     prepared = prepare("mnist", suite.data_dir, str(suite.cache))
-    sides = choose_sides(only, quick=True)
-    return compare(prepared.train, device=str(suite.device), sides=sides, plan=plan).to_dict()
+    contenders = choose_contenders(only, quick=True)
+    return compare(prepared.train, device=str(suite.device), contenders=contenders, plan=plan).to_dict()
 
 
 PARTS = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from fastmnist.measure.bench import OPEN_TIMEOUT, START_TIMEOUT
-from fastmnist.measure.client import SideError, SideProcess
 from fastmnist.measure.contenders import BY_NAME, OURS, PLAIN
+from fastmnist.measure.worker import WorkerError, WorkerProcess
 
 BATCH_SIZE, ROUNDS = 512, 6
 TOGETHER = 2  # processes that import at the same time; nothing is measured meanwhile
@@ -18,19 +18,19 @@ NAMES = (OURS, PLAIN, "DataLoader, tuned", "FFCV")
 
 
 class Ready:
-    """New processes that have imported what a side needs; some are begun together."""
+    """New processes that have imported what a contender needs; some are begun together."""
 
     def __init__(self, name: str, environment) -> None:
         self.name, self.environment = name, environment
-        self.waiting: list[SideProcess] = []
+        self.waiting: list[WorkerProcess] = []
 
-    def take(self) -> SideProcess:
+    def take(self) -> WorkerProcess:
         if not self.waiting:
-            self.waiting = [SideProcess(self.name, self.environment()) for _ in range(TOGETHER)]
+            self.waiting = [WorkerProcess(self.name, self.environment()) for _ in range(TOGETHER)]
             for process in self.waiting:
-                process.tell("imports", side=self.name)
+                process.send("imports", contender=self.name)
             for process in self.waiting:
-                process.answer(START_TIMEOUT)
+                process.receive(START_TIMEOUT)
         return self.waiting.pop()
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ def ready():
     ],
 )
 def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_path_factory):
-    side = BY_NAME[name]
+    contender = BY_NAME[name]
 
     def environment() -> dict[str, str]:
         return {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("numba"))} if cache == "cold" else {}
@@ -76,7 +76,7 @@ def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_p
 
     def first_batch():
         with processes.take() as process:
-            answer = process.ask(
+            answer = process.request(
                 "open", OPEN_TIMEOUT, data=str(data.path), batch_size=BATCH_SIZE, device=str(device), folder=""
             )
         return turn(answer["first_batch"])
@@ -86,8 +86,8 @@ def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_p
             first_batch,
             rounds=ROUNDS,
             warm_up=1 if cache == "warm" else 0,  # fills the cache
-            settings={"batch_size": BATCH_SIZE, **side.settings, "jit_cache": cache},
-            kind=side.kind,
+            settings={"batch_size": BATCH_SIZE, **contender.settings, "jit_cache": cache},
+            kind=contender.kind,
         )
-    except SideError as error:
+    except WorkerError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None

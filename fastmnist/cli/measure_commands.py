@@ -41,13 +41,13 @@ def describe_bench() -> Parser:
 
 def bench_command(options: Any) -> int:
     from fastmnist.files import write_bytes
-    from fastmnist.measure.bench import FULL, QUICK, bench, bench_file, choose_sides
+    from fastmnist.measure.bench import FULL, QUICK, bench, bench_file, choose_contenders
     from fastmnist.report.bench_chart import plot_bars
     from fastmnist.report.tables import footnotes, markdown, rich_table
     from fastmnist.system.progress import Reporter
 
     reporter = Reporter()
-    sides = choose_sides(options.only, options.quick)
+    contenders = choose_contenders(options.only, options.quick)
     data, note = bench_file(options.dataset, options.data_dir, progress=reporter.compiling)
     if note:
         reporter.say(note)
@@ -57,7 +57,7 @@ def bench_command(options: Any) -> int:
                 data,
                 batch_size=options.batch_size,
                 device=options.device,
-                sides=sides,
+                contenders=contenders,
                 plan=QUICK if options.quick else FULL,
                 progress=progress,
             )

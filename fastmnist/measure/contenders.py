@@ -1,8 +1,8 @@
-"""What is held against what: every way to load the same samples that the benchmarks compare, and how each is set up."""
+"""Contenders of the loader comparison: ours, baselines, peers, and the limit that memory sets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,16 @@ Kind = Literal["ours", "limit", "baseline", "peer"]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to load.
+class Contender:
+    """One way to load the same samples.
 
-    name: in tables. kind: "limit" is a plain copy of memory, which no loader can beat. loader: a name of `LOADERS`
-    or `PEERS`, or "copy". settings: its keyword arguments. limit: the side whose copy moves as many bytes per image.
-    whole_epochs: a turn is one epoch, because beginning it costs (workers), rather than a fraction of a second.
-    quick: measured by `bench --quick` too.
+    name: in tables.
+    kind: "limit" is a plain copy of memory, which no loader can beat.
+    loader: a name of `LOADERS` or `PEERS`, or "copy".
+    settings: its keyword arguments.
+    limit: the name of the copy that moves as many bytes per image.
+    whole_epochs: a turn is one epoch, not a fraction of a second, because starting an epoch costs (workers).
+    quick: in `bench --quick` too.
     """
 
     name: str
@@ -38,21 +41,21 @@ class Side:
 
 
 LIMITS = (
-    Side("memory copy, bytes", "limit", "copy", {"dtype": "uint8"}, quick=True),
-    Side("memory copy, float32", "limit", "copy", {"dtype": "float32"}, limit="memory copy, float32", quick=True),
+    Contender("memory copy, bytes", "limit", "copy", {"dtype": "uint8"}, quick=True),
+    Contender("memory copy, float32", "limit", "copy", {"dtype": "float32"}, limit="memory copy, float32", quick=True),
 )
 OURS = "fastmnist.Loader"
 PLAIN = "DataLoader, plain"
-SIDES: tuple[Side, ...] = (
+CONTENDERS: tuple[Contender, ...] = (
     *LIMITS,
-    Side(OURS, "ours", "ours", quick=True),
-    Side(f"{OURS}, float32", "ours", "ours", {"dtype": "float32"}, limit="memory copy, float32", quick=True),
-    Side("tensors, index_select", "baseline", "tensors", quick=True),
-    Side("FFCV", "baseline", "ffcv"),
-    Side("DataLoader, tuned", "baseline", "tuned", {"workers": 0}, quick=True),
-    Side("DataLoader, tuned, 2 workers", "baseline", "tuned", {"workers": 2}),
-    Side(PLAIN, "baseline", "dataloader", {"workers": 0}, limit="memory copy, float32", quick=True),
-    Side(
+    Contender(OURS, "ours", "ours", quick=True),
+    Contender(f"{OURS}, float32", "ours", "ours", {"dtype": "float32"}, limit="memory copy, float32", quick=True),
+    Contender("tensors, index_select", "baseline", "tensors", quick=True),
+    Contender("FFCV", "baseline", "ffcv"),
+    Contender("DataLoader, tuned", "baseline", "tuned", {"workers": 0}, quick=True),
+    Contender("DataLoader, tuned, 2 workers", "baseline", "tuned", {"workers": 2}),
+    Contender(PLAIN, "baseline", "dataloader", {"workers": 0}, limit="memory copy, float32", quick=True),
+    Contender(
         "DataLoader, plain, 2 workers",
         "baseline",
         "dataloader",
@@ -60,29 +63,35 @@ SIDES: tuple[Side, ...] = (
         limit="memory copy, float32",
         whole_epochs=True,
     ),
-    *(Side(peer.title, "peer", name, {"workers": peer.workers_advised}) for name, peer in PEERS.items()),
+    *(Contender(peer.title, "peer", name, {"workers": peer.workers_advised}) for name, peer in PEERS.items()),
 )
-BY_NAME = {side.name: side for side in SIDES}
+BY_NAME = {contender.name: contender for contender in CONTENDERS}
+
+
+def memory_copy(images: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function that copies the images to the same place each time: the least that handing them out can cost."""
+    target = torch.empty_like(images)
+    return lambda: target.copy_(images)
 
 
 class Source:
-    """A side that is open: its epochs, one after the other."""
+    """An open contender: its epochs, one after the other."""
 
     def __init__(
-        self, side: Side, data: Path, batch_size: int, device: torch.device, folder: Path, seed: int = 0
+        self, contender: Contender, data: Path, batch_size: int, device: torch.device, folder: Path, seed: int = 0
     ) -> None:
         self.device, self._epoch, self._loader = device, 0, None
-        settings = dict(side.settings)
+        settings = dict(contender.settings)
         self._make: Any
-        if side.kind == "limit":
+        if contender.kind == "limit":
             self._make = self._copies(data, getattr(torch, settings["dtype"]))
-        elif side.kind == "peer":
-            peer = PEERS[side.loader]()
+        elif contender.kind == "peer":
+            peer = PEERS[contender.loader]()
             self._make = lambda epoch: peer.epoch(folder, batch_size, epoch, seed, settings["workers"])
         else:
             if "dtype" in settings:
                 settings["dtype"] = getattr(torch, settings["dtype"])
-            loader: EpochLoader = LOADERS[side.loader](
+            loader: EpochLoader = LOADERS[contender.loader](
                 data, batch_size, seed=seed, device=device, rank=0, world_size=1, **settings
             )
             self._loader = loader
@@ -97,30 +106,17 @@ class Source:
         return ((images.to(self.device), labels.to(self.device)) for images, labels in batches)
 
     def stream(self) -> Iterator[Batch]:
-        """Epoch after epoch, for ever."""
+        """Batches without an end."""
         while True:
             yield from self.epoch()
 
     def _copies(self, data: Path, dtype: torch.dtype) -> Any:
-        """An epoch is one `copy_` of all images, as one batch: the least that handing them out can cost."""
+        """Epochs of one batch each, a copy of all images."""
         with Beton(data) as file:
-            images = torch.from_numpy(file.images(np.arange(len(file)))).to(self.device, dtype)
+            copy = memory_copy(torch.from_numpy(file.images(np.arange(len(file)))).to(self.device, dtype))
             labels = torch.from_numpy(file.labels.copy())
-        target = torch.empty_like(images)
-
-        def epoch(number: int) -> Iterator[Batch]:
-            target.copy_(images)
-            yield target, labels
-
-        return epoch
+        return lambda epoch: ((copy(), labels) for _ in range(1))
 
     def close(self) -> None:
         if self._loader is not None:
             self._loader.close()
-
-
-def write_for_peer(side: Side, data: Path, folder: Path) -> None:
-    """The samples of a compiled file in the peer's own format, in an empty folder."""
-    with Beton(data) as file:
-        images, labels = file.images(np.arange(len(file))), file.labels.copy()
-    PEERS[side.loader]().write(images, labels, folder)

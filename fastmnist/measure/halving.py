@@ -15,11 +15,11 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.measure.batches import length_of
+from fastmnist.system.machine import memory_in_use
 from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
 
 Settings = dict[str, Any]
@@ -203,19 +203,8 @@ class OpenLoader:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def memory_in_use() -> int:
-    """Bytes of this process and its children; memory that they share counts once."""
-    total = 0
-    this = psutil.Process()
-    for process in (this, *this.children(recursive=True)):
-        with suppress(psutil.Error):
-            memory = process.memory_full_info()
-            total += getattr(memory, "pss", memory.rss)
-    return total
 
 
 class Halving:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from joblib import cpu_count
 
@@ -32,6 +33,12 @@ def choose_device(asked: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {str(asked)!r} cannot be used here: {reason}; leave it out or say cpu") from error
     return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has finished its queue; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def processor_name() -> str:
@@ -91,6 +98,16 @@ def _left_in_memory_groups() -> Iterator[int]:
             counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             cache = sum(int(counts.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
             yield max(0, limit - usage + cache)
+
+
+def memory_in_use(*, children_only: bool = False) -> int:
+    """Bytes of this process and its children; memory that they share counts once."""
+    this, total = psutil.Process(), 0
+    for process in (*(() if children_only else (this,)), *this.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+    return total
 
 
 def limit_periods() -> list[tuple[int, int]]:

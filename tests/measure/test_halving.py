@@ -225,7 +225,7 @@ def test_a_limit_of_memory_leaves_out_what_takes_more(clock, monkeypatch):
 def test_the_memory_in_use_is_that_of_this_process(in_a_new_process):
     script = """
         import torch
-        from fastmnist.measure.halving import memory_in_use
+        from fastmnist.system.machine import memory_in_use
         before = memory_in_use()
         kept = torch.ones(400 << 20, dtype=torch.uint8)
         assert 350 << 20 < memory_in_use() - before < 450 << 20

@@ -36,8 +36,8 @@ def test_the_intervals_ends_are_order_statistics_of_the_binomial(n):
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
     random = np.random.default_rng(0)
-    held = [s.low <= 1 <= s.high for s in (summarise(random.exponential(1 / np.log(2), 9)) for _ in range(4000))]
-    assert 0.95 <= np.mean(held) < 0.975  # 1 - 2 P(B <= 1) of Bin(9, 1/2) is 0.961
+    held = [s.low <= 1 <= s.high for s in (summarise(random.exponential(1 / np.log(2), 9)) for _ in range(500))]
+    assert 0.94 <= np.mean(held) < 0.98  # 1 - 2 P(B <= 1) of Bin(9, 1/2) is 0.961
 
 
 def test_few_values_have_their_range_as_interval():

@@ -1,4 +1,4 @@
-"""A side in a process of its own: it answers, and whatever it does instead is told in one line and leaves nothing."""
+"""Worker processes: they answer, and any failure is one line that leaves no process behind."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fastmnist.measure.client import SideError, SideProcess
+from fastmnist.measure.worker import WorkerError, WorkerProcess
 
 ECHO = "import sys, json\nfor line in sys.stdin: print(json.dumps({'got': json.loads(line)}), flush=True)"
 
 
-def started(script: str) -> SideProcess:
-    kind = type("Planted", (SideProcess,), {"program": (sys.executable, "-c", script)})
+def started(script: str) -> WorkerProcess:
+    kind = type("Planted", (WorkerProcess,), {"program": (sys.executable, "-c", script)})
     return kind("planted")
 
 
@@ -29,36 +29,36 @@ def gone(pid: int) -> bool:
 
 def test_it_answers_one_after_the_other() -> None:
     with started(ECHO) as process:
-        assert process.ask("open", 20, data="x") == {"got": {"do": "open", "data": "x"}}
-        process.tell("turn")
-        process.tell("turn", number=2)
-        assert process.answer(20) == {"got": {"do": "turn"}}
-        assert process.answer(20) == {"got": {"do": "turn", "number": 2}}
+        assert process.request("open", 20, data="x") == {"got": {"command": "open", "data": "x"}}
+        process.send("turn")
+        process.send("turn", number=2)
+        assert process.receive(20) == {"got": {"command": "turn"}}
+        assert process.receive(20) == {"got": {"command": "turn", "number": 2}}
 
 
 def test_what_hangs_is_stopped_in_time() -> None:
     process = started("import time; time.sleep(600)")
-    with pytest.raises(SideError, match="no answer within 1 s: stopped"):
-        process.ask("turn", 1)
+    with pytest.raises(WorkerError, match="1 s"):
+        process.request("turn", 1)
     assert process._process.poll() == -signal.SIGKILL
 
 
 def test_what_crashes_says_its_last_words() -> None:
     process = started("raise RuntimeError('the disk is on fire')")
-    with pytest.raises(SideError, match=r"ended with exit status 1: .*RuntimeError: the disk is on fire"):
-        process.ask("turn", 20)
+    with pytest.raises(WorkerError, match=r"\b1: .*RuntimeError: the disk is on fire"):
+        process.request("turn", 20)
 
 
 def test_a_signal_is_named() -> None:
     process = started("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(SideError, match="ended with signal SIGSEGV"):
-        process.ask("turn", 20)
+    with pytest.raises(WorkerError, match="SIGSEGV"):
+        process.request("turn", 20)
 
 
 def test_an_error_there_is_an_error_here() -> None:
     process = started("""import json; input(); print(json.dumps({"error": "ValueError: no such\\n page"}))""")
-    with pytest.raises(SideError, match=r"^ValueError: no such page$"):
-        process.ask("turn", 20)
+    with pytest.raises(WorkerError, match=r"^ValueError: no such page$"):
+        process.request("turn", 20)
 
 
 def test_its_children_end_with_it(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ print("{{}}", flush=True)
 time.sleep(600)
 """
     process = started(script)
-    process.ask("turn", 20)
+    process.request("turn", 20)
     pid = int((tmp_path / "pid").read_text())
     assert not gone(pid)
     process.close()
@@ -82,5 +82,5 @@ time.sleep(600)
 
 
 def test_the_real_program_says_what_it_cannot_do() -> None:
-    with SideProcess("fastmnist.Loader") as process, pytest.raises(SideError, match="KeyError"):
-        process.ask("imports", 60, side="nothing")
+    with WorkerProcess("fastmnist.Loader") as process, pytest.raises(WorkerError, match="KeyError"):
+        process.request("imports", 60, contender="nothing")
