@@ -1,4 +1,4 @@
-"""The errors that a user can put right. Anything else that is raised is a bug and keeps its traceback."""
+"""Errors that a user can fix. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class FastmnistError(Exception):
-    """Something outside the program is wrong: the message says what, where and what to do."""
+    """An error outside the program: the message says what is wrong, where, and what to do."""
 
 
 class DataError(FastmnistError):
@@ -16,11 +16,11 @@ class DataError(FastmnistError):
 
 
 class ConfigError(FastmnistError):
-    """A setting has a value that cannot work; the command line answers it with exit status 2."""
+    """A setting cannot work; the command line exits with status 2."""
 
 
 def whole_number(name: str, value: Any, least: int = 0, most: float = math.inf) -> int:
-    """`value` as a Python int: those of numpy and torch are neither JSON nor loaded with weights_only.
+    """`value` as a Python int: JSON and `torch.load(weights_only=True)` take no integers of numpy or torch.
 
     Raises:
         ConfigError: `value` is no integer, or not in least to most.
@@ -34,6 +34,6 @@ def whole_number(name: str, value: Any, least: int = 0, most: float = math.inf) 
 
 
 def check_limits(name: str, value: float, least: float, most: float) -> None:
-    """Raises ConfigError for a number that is not in least to most, or NaN."""
+    """Raises ConfigError if `value` is not in least to most, or NaN."""
     if not least <= value <= most:
         raise ConfigError(f"{name} {value} must be {f'at least {least}' if most == math.inf else f'{least} to {most}'}")
