@@ -30,7 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ from fastmnist.system.machine import choose_device
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import in_turns, ratios
 from fastmnist.training.loop import Trainer
-from fastmnist.training.session import Session, make_model, open_files
+from fastmnist.training.session import Session
 
 LIMIT_SECONDS = 460
 SEEDS = 20
@@ -226,10 +226,9 @@ def training(config: TrainConfig) -> Iterator[tuple[Trainer, float]]:
 
 def flops(config: TrainConfig) -> float:
     """Floating-point operations of a forward and backward pass per image, of what is trained (live taps alone)."""
-    files, config = open_files(config, lambda *_: None)
-    model = make_model(files, config, torch.device("cpu"))
-    height, width, channels = files.train.image_shape
-    files.close()
+    with Session(replace(config, device="cpu", compile="off"), Reporter(quiet=True)) as session:
+        model = session.make_model(0)
+        height, width, channels = session.files.train.image_shape
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, channels, height, width)).sum().backward()
     return counter.get_total_flops() / 2
@@ -238,7 +237,7 @@ def flops(config: TrainConfig) -> float:
 def fixed(trainer: Trainer, steps: int) -> float:
     """Seconds per step over batches that are loaded already."""
     many = min(trainer.chunk, steps)
-    trainer.step = 0
+    trainer.seek(0)
     trainer.load_example()
     trainer.synchronize()
     begun = time.perf_counter()
@@ -250,7 +249,7 @@ def fixed(trainer: Trainer, steps: int) -> float:
 
 def loaded(trainer: Trainer, later: bool) -> float:
     """Seconds per step of an epoch of training: the first, or a later one, which was prepared in the one before."""
-    trainer.step = 0
+    trainer.seek(0)
     for _ in range(1 + later):
         trainer.seconds = 0.0
         trainer.run_epoch()
@@ -261,7 +260,7 @@ def kernels(trainer: Trainer) -> dict[str, Any] | None:
     """How many a step has, and the seconds in which one of them runs; None on a CPU."""
     if trainer.device.type != "cuda":
         return None
-    trainer.step = 0
+    trainer.seek(0)
     trainer.load_example()
     trainer.train_step(0)
     trainer.synchronize()

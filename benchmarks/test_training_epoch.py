@@ -54,7 +54,7 @@ def test_epoch(name, data, device, measure):
             for _ in range(LIMIT_STEPS):
                 trainer.load(*fixed, None if transforms is None else transforms[:BATCH_SIZE], 0)
                 trainer.train_step(0)
-                trainer.step = step  # there is no step of the epoch that these are
+                trainer.seek(step)  # there is no step of the epoch that these are
             trainer.synchronize()
             return (time.perf_counter() - begun) / LIMIT_STEPS * len(loader)
 

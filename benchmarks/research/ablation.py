@@ -284,7 +284,7 @@ def seconds_per_image(way: Way, config: TrainConfig) -> float:
         batches = iter(trainer.loader)
         trainer.model.train()
         for part in (0.0, 0.2, 0.55, 0.9):
-            trainer.step = int(part * trainer.steps)
+            trainer.seek(int(part * trainer.steps))
             for at in range(max(1, TIMED_IMAGES // 4 // size) + 1):
                 images, labels = next(batches)
                 begun = time.perf_counter()

@@ -92,7 +92,7 @@ def _step_of(trainer: Trainer, transforms: torch.Tensor | None) -> Callable[[Bat
     def step(batch: Batch) -> None:
         images, labels = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
         part = None if transforms is None or images.dtype != torch.uint8 else transforms[: len(labels)]
-        trainer.step = 0  # there is no end of steps
+        trainer.seek(0)  # there is no end of steps
         trainer.graph = recorded if len(labels) == trainer.loader.batch_size else None  # it has one size
         try:
             trainer.load(images, labels, part, 0)

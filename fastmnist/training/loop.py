@@ -179,8 +179,12 @@ class Trainer:
         return images, labels, None if transforms is None else transforms[: len(labels)]
 
     def load_example(self) -> None:
-        """Loads the first `chunk` batches of the first epoch: for who measures steps."""
+        """Loads the first `chunk` batches of the first epoch, to measure steps with."""
         self.load(*self._example(), 0)
+
+    def seek(self, step: int) -> None:
+        """Makes number `step` the next one, in schedule and order; weights stay, as measurements of steps need it."""
+        self.step = step
 
     def _trial(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None) -> None:
         """A forward and backward pass; statistics, gradients and random state are as before."""

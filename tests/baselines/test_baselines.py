@@ -32,10 +32,9 @@ from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.loader import Loader
 from fastmnist.runs.train import train
+from fastmnist.system.progress import Reporter
 from fastmnist.training.loop import Trainer
-from fastmnist.training.model import build_model
-from fastmnist.training.precision import Precision
-from fastmnist.training.session import loader_settings, make_loaders, open_files
+from fastmnist.training.session import Session, loader_settings
 
 COUNT, SHAPE = 103, (6, 5)
 MOVES = Augmentation(1.0, 20.0, 0.1)
@@ -645,14 +644,11 @@ def make_trainer(run_settings):
     with contextlib.ExitStack() as stack:
 
         def make(kind: str, **changed) -> Trainer:
-            files, config = open_files(TrainConfig(**run_settings | {"loader": kind} | changed), lambda *_: None)
-            stack.callback(files.close)
-            loaders = make_loaders(files, config, torch.device("cpu"))
-            stack.callback(loaders.close)
-            assert type(loaders.train) is LOADERS[kind]
-            assert type(loaders.validation) is type(loaders.test) is Loader
-            torch.manual_seed(0)
-            return Trainer(build_model("small-cnn"), loaders.train, config, Precision(None, "a test"))
+            config = TrainConfig(**run_settings | {"loader": kind, "amp": "off"} | changed)
+            session = stack.enter_context(Session(config, Reporter(quiet=True)))
+            assert type(session.loaders.train) is LOADERS[kind]
+            assert type(session.loaders.validation) is type(session.loaders.test) is Loader
+            return session.trainer
 
         yield make
 

@@ -20,8 +20,10 @@ from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference.predict import evaluate, predict
 from fastmnist.prepare.prepare import beton_path, cache_folder, compile_dataset
 from fastmnist.runs.train import resume, train
+from fastmnist.system.progress import Reporter
 from fastmnist.training import compiling
 from fastmnist.training.loop import Trainer
+from fastmnist.training.session import Session
 
 SUMMARY_KEYS = [
     "test_accuracy",
@@ -313,15 +315,13 @@ def test_without_validation_everything_is_trained_on(settings: dict) -> None:
 
 
 def test_the_validation_split_is_stratified_and_apart(settings: dict) -> None:
-    from fastmnist.training.session import make_loaders, open_files
-
-    files, config = open_files(TrainConfig(**settings | {"val_size": 300}), lambda *_: None)
-    loaders = make_loaders(files, config, torch.device("cpu"))
-    assert loaders.validation is not None
-    held, used = loaders.validation.indices, loaders.train.indices
+    with Session(TrainConfig(**settings | {"val_size": 300}), Reporter(quiet=True)) as session:
+        assert session.loaders.validation is not None
+        held, used = session.loaders.validation.indices, session.loaders.train.indices
+        labels = session.files.train.labels.copy()
     assert len(held) == 300
     assert np.array_equal(np.sort(np.concatenate([held, used])), np.arange(1437))
-    shares = [np.bincount(files.train.labels[part], minlength=10) / len(part) for part in (held, used)]
+    shares = [np.bincount(labels[part], minlength=10) / len(part) for part in (held, used)]
     assert np.abs(shares[0] - shares[1]).max() < 0.01
 
 

@@ -11,13 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmnist.presets import PRESETS, preset_config
+from fastmnist.system.progress import Reporter
 from fastmnist.training.graph import Body
-from fastmnist.training.loop import Trainer
 from fastmnist.training.overlap import overlap
 from fastmnist.training.precision import Precision
-from fastmnist.training.session import make_loaders, make_model, open_files
+from fastmnist.training.session import Session
 
-CPU = torch.device("cpu")
 # Operators of a step as a GPU runs it without torch.compile, each one kernel or a little more; 320 and more before.
 BUDGETS = {"fast99": 237, "fast995": 237, "cpu": 237, "accurate": 225}
 FREE = {
@@ -77,11 +76,6 @@ def operators_of_a_step(preset: str, mnist_folder: Path, cache: Path, dtype: tor
         val_size=0,
         device="cpu",
     )
-    files, config = open_files(config, lambda *_: None)
-    loaders = make_loaders(files, config, CPU)
-    model = make_model(files, config, CPU).train()
-    overlap(model)
-    trainer = Trainer(model, loaders.train, config, Precision(dtype, "a test"))
     counted = Operators()
 
     def record(body: Body, reset: Body) -> Body:
@@ -92,9 +86,9 @@ def operators_of_a_step(preset: str, mnist_folder: Path, cache: Path, dtype: tor
             body()
         return body
 
-    trainer.record_graph(record)
-    loaders.close()
-    files.close()
+    with Session(config, Reporter(quiet=True), precision=lambda device: Precision(dtype, "a test")) as session:
+        overlap(session.trainer.model.train())  # as on a GPU
+        session.trainer.record_graph(record)
     return counted
 
 
