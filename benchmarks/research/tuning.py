@@ -22,7 +22,7 @@ from fastmnist.baselines.workers import of_workers
 from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
 from fastmnist.measure.halving import Candidate, OpenLoader, Settings, combinations
-from fastmnist.measure.loops import training_setup
+from fastmnist.measure.step import training_setup
 from fastmnist.measure.tune import Tuning, make_loader, simplest, space_of, tune, tune_loader
 from fastmnist.system.environment import origin
 from fastmnist.system.progress import Reporter

@@ -1,8 +1,9 @@
-"""Batches of any loader: one epoch after the other, and the tensors in them."""
+"""Batches of any loader: epochs without an end, and the tensors in a batch of any structure."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -13,30 +14,46 @@ from fastmnist.errors import DataError
 _END = object()
 
 
-class Chained:
-    """The batches of a loader, one epoch after the other.
+class Epochs:
+    """A loader's batches, epoch after epoch, without an end.
+
+    starts: seconds of each epoch's start, until its first batch.
+
+    Args:
+        loader: each `for` loop over it is an epoch.
+        before_start: called before each epoch starts; not in its seconds.
 
     Raises:
         DataError: an epoch has no batch.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader, self._any = loader, False
+    def __init__(self, loader: Iterable[Any], before_start: Callable[[], None] = lambda: None) -> None:
+        self._loader, self._before_start = loader, before_start
         self._batches: Iterator[Any] = iter(())
+        self.starts: list[float] = []
 
     def __next__(self) -> Any:
         batch = next(self._batches, _END)
         if batch is not _END:
             return batch
+        self._before_start()
+        begun = time.perf_counter()
+        self.end_epoch()
         self._batches = iter(self._loader)
         batch = next(self._batches, _END)
-        if batch is not _END:
-            self._any = True
-            return batch
-        what = type(self._loader).__name__
-        if self._any:
-            raise DataError(f"the {what} yields no batch the second time; give a loader that begins anew, no generator")
-        raise DataError(f"the {what} yields no batch; is it used up, or its dataset smaller than a batch?")
+        if batch is _END:
+            what = type(self._loader).__name__
+            if self.starts:
+                raise DataError(
+                    f"the {what} yields no batch the second time; give a loader that begins anew, no generator"
+                )
+            raise DataError(f"the {what} yields no batch; is it used up, or its dataset smaller than a batch?")
+        self.starts.append(time.perf_counter() - begun)
+        return batch
+
+    def end_epoch(self) -> None:
+        """Drops the iterator, and with it its workers; the next batch is an epoch's first."""
+        self._batches = iter(())
 
 
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
@@ -52,7 +69,7 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
 
 
 def length_of(batch: Any) -> int:
-    """The images of a batch: the length of its last tensor; 0 where there is none."""
+    """Images of a batch, by the length of its last tensor; 0 without one."""
     shape: tuple[int, ...] = ()
     for tensor in tensors_of(batch):
         shape = tensor.shape
@@ -60,7 +77,7 @@ def length_of(batch: Any) -> int:
 
 
 def with_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure, each tensor changed; what else is in it stays as it is."""
+    """The same structure with each tensor changed, and all else as it is."""
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if isinstance(batch, MutableMapping):
@@ -77,13 +94,13 @@ def with_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def kept(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that the loader cannot overwrite, pinned if the tensor is: copying it to a GPU takes as long."""
+    """A copy that the loader cannot overwrite; pinned if the tensor is, so that copying it to a GPU takes as long."""
     clone = tensor.detach().clone()
     return clone.pin_memory() if tensor.is_pinned() else clone
 
 
 class BatchCount:
-    """Counts batches, a partial one as the part that it is of a whole one of `images`; None counts each as one."""
+    """Counts batches; a partial one counts as its share of `images`, unless that is None."""
 
     def __init__(self, images: int | None) -> None:
         self._images, self._sum = images, 0

@@ -1,4 +1,4 @@
-"""What bounds a training loop: its loader, copying to the device, the model, or a host that has too few cores."""
+"""Bottleneck diagnosis of a training loop: its loader, copies to the device, the model, or too few cores."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ import torch
 
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
-from fastmnist.measure.batches import BatchCount, Chained, kept, length_of, tensors_of, with_tensors
-from fastmnist.measure.loops import training_setup
-from fastmnist.system.machine import choose_device, limit_periods
+from fastmnist.measure.batches import BatchCount, Epochs, kept, length_of, tensors_of, with_tensors
+from fastmnist.measure.step import fixed_batch_seconds, training_setup
+from fastmnist.system.machine import choose_device, limit_periods, synchronize
 from fastmnist.system.progress import Reporter
 from fastmnist.system.scheduling import CoreUse, Host, core_use, stopped_share, thread_times
 from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
 
 Kind = Literal["loader", "copy", "model", "host"]
 
-# Many short turns: in 6 s on a shared machine, 21 bound the gain of a free loader within 5 %, 9 within 10 %, about.
+# Many short turns: in 6 s on a shared machine, 21 bound the gain of a free loader within about 5 %, 9 within 10 %.
 TURNS, LEAST_TURNS = 21, 3
 WARM_UP_STEPS = 3  # after the first, which compiles
-LEAD_IN = 4  # the part of a block, 1 / LEAD_IN, that runs before its clock starts
-MOST_AHEAD = 64  # batches that a loader may have ready, which are thrown away before its own clock starts
-LOADER_PART, MOST_BATCHES = 4, 16  # a fast loader alone runs for 1 / 4 of a block's time, at most 16 times its batches
-OVERTIME = 3  # how many times as long as it was given the doctor takes rather than refuse
+LEAD_IN = 4  # 1 / LEAD_IN of a block's steps run before its clock starts
+MOST_AHEAD = 64  # batches that a loader may have ready; dropped before the clock of the loader alone starts
+LOADER_PART, MOST_BATCHES = 4, 16  # the loader alone runs for 1 / 4 of a block's time, at most 16 times its batches
+OVERTIME = 3  # the doctor takes up to this many times the given seconds rather than refuse
 
-# Loaders that cost nothing came out at 0 to 0.05 of a step in 6 s, up to 0.12 in 3 s, on 2 cores of a shared machine.
+# A loader that costs nothing measured 0 to 0.05 of a step in 6 s, up to 0.12 in 3 s, on 2 cores of a shared machine.
 # So the interval of the gain must lie above 1 too.
 WAITING_LEAST = 0.05
-# Chosen, not measured: there was no GPU.
+# Chosen without a measurement:
 COPYING_LEAST = 0.1  # of a step
-QUEUED_LEAST = 0.5  # of a step: the GPU had that much left to do when the host was done
+QUEUED_LEAST = 0.5  # of a step: work that the GPU had left when the host was done
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured. Seconds per step are those of a whole batch: a partial one counts for the part that it is.
+    """The measurements behind a verdict. A partial batch counts as its share of a step.
 
-    Summaries are over `turns`, in each of which all sides ran one after the other.
+    Summaries are over `turns`; in each turn all parts ran one after the other.
 
     Attributes:
         device: of the model.
-        steps: real steps that were measured.
-        batch_images: images of a batch, None if that cannot be told.
-        first_batch_seconds: until the loader's first batch, which is in none of the others.
-        step_seconds: of a real step, with its batch. fixed_step_seconds: of a step on one batch that is there already.
-        loader_seconds: of a batch, by the loader alone. next_seconds: that a real step spends asking for its batch; on
-            a GPU this is also where the host waits when the queue is full.
-        gain: real over fixed step: how many times as fast an infinitely fast loader could train.
-        headroom: real step over the loader's seconds alone: how many times as fast a model this loader could feed.
-        copy_seconds: of copying a batch to the device; by the "step" (measured: what the fixed step takes longer with
-            its batch on the host) or by the "loader" (estimated: a copy of those bytes from pinned memory, whether or
-            not the loader hides it behind the model). None where nothing is copied, or it could not be measured.
+        steps: number of real steps.
+        batch_images: images of a batch; None if unknown.
+        first_batch_seconds: until the loader's first batch; not in any other figure.
+        step_seconds: of a real step, with its loading. fixed_step_seconds: of a step on one batch that is kept.
+        loader_seconds: per batch, of the loader alone. next_seconds: per real step, of asking for its batch; on a GPU,
+            the host also waits there when the queue is full.
+        gain: real over fixed step: how many times as fast training could be with an infinitely fast loader.
+        headroom: real step over loader_seconds: how many times as fast a model this loader could feed.
+        copy_seconds: of copying a batch to the device. By the "step", it is the time that the fixed step takes longer
+            with its batch on the host. By the "loader", it is a copy of as many bytes from pinned memory, whether or
+            not the loader hides it behind the model. None where nothing is copied or it could not be measured.
         images_per_second: of the "real" loop, the "fixed" step and the "loader" alone; None without batch_images.
-        queued_steps: steps that the GPU was behind the host at the end of a real block; None on a CPU.
-        host: the processor's cores during the real steps.
-        notes: what could not be measured, and why.
+        queued_steps: steps that the GPU was behind the host at the end of a block; None on a CPU.
+        host: the use of the cores during the real steps.
+        notes: reasons why something could not be measured.
     """
 
     device: str
@@ -82,17 +82,16 @@ class Evidence:
 
     @property
     def waiting(self) -> float:
-        """The share of a real step that a fixed one does without, 0 to 1: what an infinitely fast loader would save."""
+        """The share of a real step that an infinitely fast loader would save, 0 to 1."""
         return _saved(self.gain.median)
 
     @property
     def shares(self) -> dict[str, float]:
-        """What a real step consists of, adding up to 1: "loading", "copying" and "computing".
+        """The shares "loading", "copying" and "computing" of a real step; they add up to 1.
 
-        Copying by the step is taken out of the computing; copying by the loader out of the waiting. Loading is the rest
+        Copies by the step are taken out of the computing, copies by the loader out of the waiting. Loading is the rest
         of the waiting: gathering, decoding, starting epochs, waiting for workers, and what the loader takes from the
-        model (its cores, the interpreter's lock). What a loader does while the model computes costs nothing and is not
-        in it.
+        model (cores, the interpreter's lock). Work that the loader hides behind the model is in none of them.
         """
         waiting = self.waiting
         seconds = self.copy_seconds.median if self.copy_seconds else 0.0
@@ -107,13 +106,13 @@ class Evidence:
         return asdict(self) | derived | {"notes": list(self.notes)}
 
     def lines(self) -> list[str]:
-        """The most telling of it, for a person."""
+        """The main figures as sentences."""
         step, fixed, alone, gain = self.step_seconds, self.fixed_step_seconds, self.loader_seconds, self.gain
         parts = ", ".join(f"{name} {_percent(share)}" for name, share in self.shares.items())
         of_images = f" of {self.batch_images} images" if self.batch_images else ""
         lines = [
             f"A step takes {_milli(step.median)} ({_milli(step.low)} to {_milli(step.high)}): {parts}.",
-            f"Of that, {_milli(self.next_seconds.median)} pass between asking for a batch and getting it.",
+            f"Of that, asking for a batch takes {_milli(self.next_seconds.median)}.",
             f"On one fixed batch a step takes {_milli(fixed.median)}: an infinitely fast loader could train "
             f"{_times(gain.median)} ({_times(gain.low)} to {_times(gain.high)}) times as fast.",
             f"The loader alone takes {_milli(alone.median)} for a batch.",
@@ -121,7 +120,7 @@ class Evidence:
         if self.images_per_second:
             rates = {name: f"{rate:,.0f}" for name, rate in self.images_per_second.items()}
             lines.append(
-                "Images/s: {real} in all, {fixed} by the model alone, {loader} by the loader alone.".format(**rates)
+                "Images/s: {real} in all, {fixed} of the model alone, {loader} of the loader alone.".format(**rates)
             )
         return [
             *lines,
@@ -134,18 +133,18 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """kind: what bounds the loop. verdict: that in one sentence, with what to do about it."""
+    """kind: the bottleneck. verdict: one sentence, with a remedy."""
 
     kind: Kind
     verdict: str
     evidence: Evidence
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, for JSON."""
         return {"kind": self.kind, "verdict": self.verdict, "evidence": self.evidence.to_dict()}
 
     def lines(self) -> list[str]:
-        """The evidence, for a person."""
+        """The evidence as sentences."""
         return self.evidence.lines()
 
 
@@ -156,32 +155,30 @@ def doctor(
     seconds: float = 6.0,
     device: str | torch.device | None = None,
 ) -> Diagnosis:
-    """Runs some seconds of a training loop in parts and says what bounds it.
+    """Finds the bottleneck of a training loop by running parts of it for some seconds.
 
-    After a warm-up (the first batch, and some steps), turn by turn: the same step on one batch that is kept; the copy
-    to a GPU; the loader alone, its batches dropped; the real loop. A block of steps is as long as `seconds` allow, its
-    GPU work is waited for at its end, and some steps run before its clock starts, so that what the loader prepared
-    during the block before is used up.
+    After a warm-up (the first batch, which compiles, and a few steps), four parts take turns: steps on one batch that
+    is kept; copies to a GPU; the loader alone; real steps. Blocks are as long as `seconds` allow. Each ends by waiting
+    for the GPU, and starts its clock after some steps, which use up what the loader prepared during the block before.
 
-    The step trains: weights, optimizer and statistics of the model change, towards the one batch that is kept. Give it
-    a copy of the model (copy.deepcopy) if you go on with yours. The loader is left in the middle of an epoch.
+    The step trains: model and optimizer change, towards the batch that is kept. Pass a copy of the model
+    (copy.deepcopy) if you still need yours. The loader is left in the middle of an epoch.
 
-    What it cannot tell: the cost of an epoch's start, unless epochs are short; what a step that changes its batch in
-    place would do with a fresh one; threads that wait for the interpreter's lock, which count as computing; cores that
-    the host of a virtual machine takes away; whether a wait for cores on the host matters to a GPU whose step ends with
-    a look at the loss.
+    Not measured are: the cost of an epoch's start, unless epochs are short; a step that changes its batch in place, on
+    a fresh batch; threads that wait for the interpreter's lock, which count as computing; cores that a hypervisor takes
+    away; whether waiting for cores matters to a GPU whose step ends by reading the loss.
 
     Args:
-        loader: batches as tensors, or tuples, lists and dicts of them; each `for` loop over it is an epoch. A batch has
-            as many images as its last tensor is long; other batches work too, without images per second.
-        step: does one training step with a batch as the loader yields it.
-        seconds: that it takes after the warm-up, about.
+        loader: batches as tensors, or tuples, lists and dicts of them; each `for` loop over it is an epoch. The length
+            of a batch's last tensor is its number of images; without one, there are no images per second.
+        step: one training step with a batch as the loader yields it.
+        seconds: about, after the warm-up.
         device: of the model; None takes the GPU that the batches are on, else the GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: `seconds` are not more than 0, or far too few for three turns; there is no such device.
-        DataError: the loader yields nothing, or nothing the second time (a generator: give a list or a DataLoader).
-        Exception: what `loader` or `step` raise, as it is.
+        ConfigError: `seconds` are not above 0, or far too few for three turns; there is no such device.
+        DataError: the loader yields nothing, or nothing the second time (a generator: pass a list or a DataLoader).
+        Exception: any error of `loader` or `step`, unchanged.
     """
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds {seconds}: must be more than 0")
@@ -190,7 +187,7 @@ def doctor(
 
 
 def diagnose_training(config: TrainConfig, seconds: float = 6.0, reporter: Reporter | None = None) -> Diagnosis:
-    """The same of the run that `fastmnist train` would make with these settings; it writes no folder.
+    """The diagnosis of the run that `fastmnist train` would make with these settings, without its folder.
 
     Raises:
         FastmnistError: as `doctor` and `training_setup`.
@@ -203,7 +200,7 @@ class _Examination:
     """The batches and the clocks of one call of `doctor`."""
 
     def __init__(self, loader: Iterable[Any], step: Callable[[Any], Any], device: str | torch.device | None) -> None:
-        self.batches, self.step = Chained(loader), step
+        self.batches, self.step = Epochs(loader), step
         self.notes: list[str] = []
         begun = time.perf_counter()
         first = next(self.batches)
@@ -225,11 +222,10 @@ class _Examination:
         self._warm_up(first)
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def _warm_up(self, first: Any) -> None:
-        """The first steps, which compile, allocate and start threads; about how long each part takes."""
+        """The first steps, which compile, allocate and start threads; first estimates of each part's seconds."""
         self.step(first)
         self.synchronize()
         loading, stepping = [], []
@@ -240,7 +236,7 @@ class _Examination:
             self.step(batch)
             self.synchronize()
             stepping.append(time.perf_counter() - begun - loading[-1])
-        # Seconds as they were last measured, to plan with.
+        # The latest seconds of each part, to plan the next turn with.
         self.fixed, self.alone = min(stepping), min(loading)
         self.real = self.fixed + self.alone
         if self.copied_by == "step":
@@ -249,14 +245,14 @@ class _Examination:
             self.pinned = with_tensors(self.fixed_batch, lambda tensor: tensor.cpu().pin_memory())
 
     def _move_fixed_batch(self) -> None:
-        """Keeps the fixed batch on the device too, if the step takes it from there."""
+        """A second fixed batch on the device, if the step accepts it."""
         try:
             self.moved_batch = with_tensors(self.fixed_batch, lambda tensor: tensor.to(self.device))
             self.step(self.moved_batch)
             self.synchronize()
-        except Exception as error:  # about a batch that the loader never made: not the user's mistake
+        except Exception as error:  # the loader never yields such a batch: not the user's mistake
             self.copied_by = None
-            self.notes.append(f"Copying is not told apart: the step takes no batch on {self.device} ({error}).")
+            self.notes.append(f"Copying is not measured: the step takes no batch on {self.device} ({error}).")
 
     def examine(self, seconds: float) -> Evidence:
         least = LEAST_TURNS * (2 * self.real + 2 * self.alone + self.fixed)
@@ -264,19 +260,19 @@ class _Examination:
             raise ConfigError(
                 f"seconds {seconds:g} are too few for a step of {self.real:.2g} s; give at least {math.ceil(least)}"
             )
-        sides: dict[str, Callable[[], float]] = {"fixed": self.time_fixed}
+        parts: dict[str, Callable[[], float]] = {"fixed": self.time_fixed}
         if self.copied_by == "step":
-            sides["moved"] = lambda: self._time_steps(self.moved_batch)
+            parts["moved"] = lambda: self._time_steps(self.moved_batch)
         elif self.copied_by == "loader":
-            sides["copy"] = self.time_copy
-        sides |= {"loader": self.time_loader, "real": self.time_real}
+            parts["copy"] = self.time_copy
+        parts |= {"loader": self.time_loader, "real": self.time_real}
         self.deadline = time.perf_counter() + seconds
         periods = limit_periods()
-        values = in_turns(sides, TURNS, until=self.deadline, least=LEAST_TURNS)
+        values = in_turns(parts, TURNS, until=self.deadline, least=LEAST_TURNS)
         return self._evidence(values, stopped_share(periods, limit_periods()))
 
     def _plan_turn(self) -> None:
-        """How many steps a block of this turn has, after the speeds of the last one."""
+        """Sets the steps of a block in this turn, from the speeds of the last one."""
         steps = self.fixed * (2 if self.copied_by == "step" else 1) + self.real
         cost = steps * (1 + 1 / LEAD_IN) + max(self.alone, self.real / LOADER_PART)
         left = max(0.0, self.deadline - time.perf_counter())
@@ -290,18 +286,12 @@ class _Examination:
 
     def _time_steps(self, batch: Any) -> float:
         """Seconds of a step on one batch."""
-        step, count = self.step, self.steps
-        for _ in range(count // LEAD_IN):
-            step(batch)
-        self.synchronize()
-        begun = time.perf_counter()
-        for _ in range(count):
-            step(batch)
-        self.synchronize()
-        return (time.perf_counter() - begun) / count
+        for _ in range(self.steps // LEAD_IN):
+            self.step(batch)
+        return fixed_batch_seconds(self.step, batch, self.steps, self.device)
 
     def time_copy(self) -> float:
-        """Seconds of copying a batch from pinned memory."""
+        """Seconds of a batch's copy from pinned memory."""
         begun = time.perf_counter()
         for _ in range(self.steps):
             with_tensors(self.pinned, lambda tensor: tensor.to(self.device, non_blocking=True))
@@ -309,9 +299,9 @@ class _Examination:
         return (time.perf_counter() - begun) / self.steps
 
     def time_loader(self) -> float:
-        """Seconds of a batch, by the loader alone."""
+        """Seconds per batch of the loader alone."""
         clock, whole, count = time.perf_counter, BatchCount(self.images), 0
-        for _ in range(MOST_AHEAD):  # what it has ready comes at once
+        for _ in range(MOST_AHEAD):  # batches that are ready come at once
             begun = clock()
             next(self.batches)
             if clock() - begun > self.alone / 2:
@@ -327,7 +317,7 @@ class _Examination:
         return self.alone
 
     def time_real(self) -> float:
-        """Seconds of a real step. The loader alone came before, so that it has nothing ready when this begins."""
+        """Seconds of a real step."""
         batches, step, clock = self.batches, self.step, time.perf_counter
         for _ in range(max(1, self.steps // LEAD_IN)):
             step(next(batches))
@@ -358,8 +348,8 @@ class _Examination:
         if self.copied_by == "step":
             copying = [a - b for a, b in zip(fixed, values["moved"], strict=True)]
         if self.images:
-            sides = {"real": real, "fixed": fixed, "loader": alone}
-            rates = {name: self.images / summarise(seconds).median for name, seconds in sides.items()}
+            parts = {"real": real, "fixed": fixed, "loader": alone}
+            rates = {name: self.images / summarise(seconds).median for name, seconds in parts.items()}
         lost, use = None, None
         if self.uses:
             lost = summarise([use.lost(_saved(gain.median)) for use in self.uses])
@@ -386,16 +376,16 @@ class _Examination:
 
 
 def _saved(gain: float) -> float:
-    """The share of a step that is saved when it becomes `gain` times as fast."""
+    """The share of a step that becoming `gain` times as fast saves."""
     return max(0.0, 1 - 1 / gain)
 
 
 def judge(evidence: Evidence) -> tuple[Kind, str]:
-    """The verdict on what was measured, and nothing else.
+    """The verdict, a pure function of the evidence.
 
-    A host short of cores comes first when what it costs is more than data or copying would still cost once there were
-    cores: it slows loader and model alike, which no comparison of the two shows. It does not count while a GPU has work
-    left when the host is done.
+    Too few cores come first if they cost more than data or copies would still cost with enough cores: they slow loader
+    and model alike, which no comparison of the two shows. They do not count while a GPU has work left when the host is
+    done.
     """
     host, shares, gain = evidence.host, evidence.shares, evidence.gain
     waiting = evidence.waiting if evidence.waiting >= WAITING_LEAST and gain.low > 1 else 0.0

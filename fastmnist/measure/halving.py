@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal
 
 import torch
 
-from fastmnist.errors import ConfigError, FastmnistError
-from fastmnist.measure.batches import length_of
+from fastmnist.errors import FastmnistError
+from fastmnist.measure.batches import Epochs, length_of
 from fastmnist.system.machine import memory_in_use
 from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
 
@@ -138,41 +139,20 @@ class OpenLoader:
 
     def __init__(self, loader: Iterable[Any], step: Callable[[Any], Any] | None, ahead: int) -> None:
         self.loader, self.step, self.ahead = loader, step, ahead
-        self.starts: list[float] = []  # seconds of each epoch's start
+        self.epochs = Epochs(loader, before_start=_synchronize)
         self.per_epoch = len(loader) if hasattr(loader, "__len__") else 0  # type: ignore[arg-type]
-        self._batches: Iterator[Any] | None = None
-
-    def _next(self) -> tuple[Any, float]:
-        """A batch, and the seconds of the epoch's start if it is the epoch's first."""
-        if self._batches is not None:
-            with suppress(StopIteration):
-                return next(self._batches), 0.0
-        _synchronize()
-        begun = time.perf_counter()
-        self._batches = None  # ends the last epoch's workers
-        self._batches = iter(self.loader)
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise ConfigError(
-                "the loader yields no batch: the dataset is smaller than one, or the loader is used up"
-            ) from None
-        taken = time.perf_counter() - begun
-        self.starts.append(taken)
-        return batch, taken
 
     def warm_up(self) -> None:
-        """Starts two epochs: the first also pays for what is made once, so only the second one's seconds are kept."""
-        self._next()
-        self.starts.clear()
-        self._batches = None
-        self._next()
+        """Starts two epochs: the first one also pays for what is made once, and does not count."""
+        next(self.epochs)
+        self.epochs.end_epoch()
+        next(self.epochs)
 
     def turn(self) -> float:
         """Images/s; batches/s if a batch's length is unknown."""
         self._run(self.ahead, 0.0, WARM_UP_SECONDS)
         images, batches, taken = self._run(1, TURN_SECONDS, float("inf"))
-        start = sorted(self.starts)[len(self.starts) // 2]
+        start = median(self.epochs.starts[1:])
         per_batch = taken / batches + (start / self.per_epoch if self.per_epoch else 0.0)
         return images / batches / per_batch
 
@@ -185,8 +165,9 @@ class OpenLoader:
             taken = time.perf_counter() - begun
             if (batches >= least and taken >= seconds) or taken > most:
                 break
-            batch, start = self._next()
-            begun += start
+            epoch = len(self.epochs.starts)
+            batch = next(self.epochs)
+            begun += sum(self.epochs.starts[epoch:])
             if self.step is not None:
                 self.step(batch)
             images += length_of(batch) or 1
@@ -195,11 +176,11 @@ class OpenLoader:
         return images, batches, time.perf_counter() - begun
 
     def close(self) -> None:
-        self._batches = None
+        self.epochs.end_epoch()
         close = getattr(self.loader, "close", None)
         if close is not None:
             close()
-        del self.loader
+        del self.loader, self.epochs
 
 
 def _synchronize() -> None:

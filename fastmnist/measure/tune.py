@@ -19,7 +19,7 @@ from fastmnist.errors import ConfigError
 from fastmnist.files import write_bytes
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Settings, combinations, describe
-from fastmnist.measure.loops import TrainingSetup, training_setup
+from fastmnist.measure.step import TrainingSetup, training_setup
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
 from fastmnist.system.progress import Reporter
 from fastmnist.training.session import loader_settings

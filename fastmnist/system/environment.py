@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure belongs to."""
+"""Environment of a measurement: hardware, package versions, date and commit."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ PACKAGES = ("fastmnist", "torch", "torchvision", "numpy", "numba", "ffcv")
 
 def versions() -> dict[str, str]:
     """Python's and each package's version; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def hardware(device: torch.device) -> dict[str, str | int]:
-    """Processor, cores that this process may use, threads that torch uses, and the GPU when it is one."""
-    found: dict[str, str | int] = {
+    """Processor, cores available to this process, torch's threads, and the GPU if `device` is one."""
+    facts: dict[str, str | int] = {
         "processor": processor_name(),
         "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found |= _gpu_state(torch.cuda.get_device_properties(device).uuid)
-    return found
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts |= _gpu_state(torch.cuda.get_device_properties(device).uuid)
+    return facts
 
 
 def _gpu_state(uuid: Any) -> dict[str, str]:
-    """Driver, power limit and clocks as the driver's own tool gives them; nothing where there is no such tool."""
+    """Driver, power limit and clocks, as nvidia-smi reports them; empty without it."""
     asked = {
         "driver": "driver_version",
         "power_limit": "power.limit",
@@ -59,7 +59,7 @@ def _gpu_state(uuid: Any) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit that this package stands at, "+" after it when tracked files differ; None outside a checkout."""
+    """The git commit of this package, with "+" if tracked files differ; None outside a checkout."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return None
@@ -77,7 +77,7 @@ def commit() -> str | None:
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """What every figure carries: hardware, versions, date and commit."""
+    """Hardware, versions, date and commit, for every result."""
     return {
         "hardware": hardware(device),
         "versions": versions(),
@@ -86,14 +86,14 @@ def origin(device: torch.device) -> dict[str, Any]:
     }
 
 
-def describe_hardware(found: dict[str, Any]) -> str:
+def describe_hardware(facts: dict[str, Any]) -> str:
     """`hardware` in one line: "AMD EPYC 7763, 2 cores" or with the GPU's name after it."""
-    parts = [str(found["processor"]), f"{found['cores']} core{'s' if found['cores'] != 1 else ''}"]
-    if "gpu" in found:
-        parts.append(str(found["gpu"]))
+    parts = [str(facts["processor"]), f"{facts['cores']} core{'s' if facts['cores'] != 1 else ''}"]
+    if "gpu" in facts:
+        parts.append(str(facts["gpu"]))
     return ", ".join(parts)
 
 
 def tuned_on(device: torch.device, image_shape: tuple[int, int, int], dataset: str) -> str:
-    """What settings were tuned on, in one line; `train` compares it with what it runs on."""
+    """Hardware and data of tuned settings, in one line; `train` warns if they differ from its own."""
     return f"{describe_hardware(hardware(device))}; {dataset}, {' x '.join(map(str, image_shape))}"

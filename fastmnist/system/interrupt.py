@@ -1,4 +1,4 @@
-"""Ctrl-C that ends a loop between two steps instead of in the middle of one."""
+"""Ctrl-C between two steps of a loop, not in the middle of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def stop_on_ctrl_c(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Gives a function that is true from the first Ctrl-C on, which `say` announces; the second one breaks off."""
+    """Yields a function that returns True from the first Ctrl-C on, which `say` announces; the second interrupts."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may set signal handlers

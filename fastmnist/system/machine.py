@@ -115,8 +115,8 @@ def limit_periods() -> list[tuple[int, int]]:
     counts = []
     for group, _ in _control_groups("cpu"):
         with suppress(OSError, ValueError, KeyError):
-            found = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
-            counts.append((int(found["nr_throttled"]), int(found["nr_periods"])))
+            fields = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+            counts.append((int(fields["nr_throttled"]), int(fields["nr_periods"])))
     return counts
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it works: a live line on a terminal, plain lines elsewhere."""
+"""Console progress: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-SHOW_AFTER = 1.0  # seconds that a compilation takes before its progress is shown
+SHOW_AFTER = 1.0  # seconds before the progress of writing a file is shown
 PLAIN_EVERY = 10.0  # seconds between two plain lines
 
 
 class Reporter:
-    """Prints to standard output; `quiet` leaves only what `result` is given."""
+    """Prints to standard output; with `quiet`, only results."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -35,7 +35,7 @@ class Reporter:
         self.console.print(text, markup=False)
 
     def compiling(self, path: Path, done: int, total: int) -> None:
-        """Progress of writing a file; nothing is shown of what takes less than a second."""
+        """Progress of writing a file, from the first second on."""
         now = time.monotonic()
         begun = self._begun.setdefault(path, now)
         if self.quiet or now - begun < SHOW_AFTER:
@@ -47,7 +47,7 @@ class Reporter:
 
     @contextmanager
     def training(self, steps: int, done: int, batch_size: int) -> Iterator[None]:
-        """Shows the records that `show` is given until the block ends."""
+        """A progress bar for `show`, until the block ends."""
         self._steps, self._batch_size = steps, batch_size
         if self.quiet or not self.console.is_terminal:
             yield
@@ -62,7 +62,7 @@ class Reporter:
 
     @contextmanager
     def working(self) -> Iterator[Callable[[str, float], None]]:
-        """Gives a function that is told what is being done and which share of all is done, and shows both."""
+        """Yields a function that shows the current activity and the share done, 0 to 1."""
         if self.quiet or not self.console.is_terminal:
             yield self._plain_line
             return
@@ -77,7 +77,7 @@ class Reporter:
             self.say(f"{share:.0%}  {text}")
 
     def show(self, record: Mapping[str, Any], epochs: int) -> None:
-        """One step record, as the progress line."""
+        """Shows one step record as the progress line."""
         if self.quiet:
             return
         rate = record["images_per_second"]
@@ -93,7 +93,7 @@ class Reporter:
             self.say(f"step {record['step']}/{self._steps}  {text}")
 
     def epoch(self, record: Mapping[str, Any], epochs: int) -> None:
-        """One epoch record, as a line that stays."""
+        """Prints one epoch record."""
         text = (
             f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train_loss']:.4f}, "
             f"training accuracy {record['train_accuracy']:.2%}"
@@ -104,7 +104,7 @@ class Reporter:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 0.8 s, 42 s, 3 min 05 s."""
+    """Seconds for people: 0.8 s, 42 s, 3 min 05 s."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

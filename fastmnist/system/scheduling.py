@@ -1,4 +1,4 @@
-"""How many cores there are, how long threads waited for one, and how often a control group was stopped."""
+"""Scheduling: cores wanted and got by this process and its workers, and how often a CPU limit throttled it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PROCESSES = Path("/proc")
 NANOSECONDS = 1e-9
 ThreadTimes = dict[tuple[int, int], tuple[int, int]]
 
-# Loops of two threads on two cores lost 0.002 to 0.007 of their steps waiting for a core (medians of runs) when they
-# were alone, up to 0.15 beside processes that took half a core, 0.28 to 0.55 beside one that took a whole core.
+# Two threads on two cores waited for a core in 0.002 to 0.007 of their steps (medians of runs) when alone, in up to
+# 0.15 beside half a busy core, in 0.28 to 0.55 beside a whole one.
 LOST_LEAST = 0.2
 STOPPED_LEAST = 0.25  # of the periods of a CPU limit; chosen, not measured
-# Loops that computed without a pause got 0.9 to 1.0 of their cores when alone and 0.5 beside two busy processes.
-ALL_CORES = 0.85  # of the cores: nobody else takes much of them
-BUSY_LEAST = 0.7  # of its threads: they compute nearly all the time
+# Loops that compute without a pause got 0.9 to 1.0 of their cores when alone, 0.5 beside two busy processes.
+ALL_CORES = 0.85  # of the cores: other processes take little of them
+BUSY_LEAST = 0.7  # cores per thread: they compute nearly all the time
 
 
 @dataclass(frozen=True)
 class CoreUse:
-    """What threads got of the cores that they wanted, over `seconds` of the clock; all in seconds.
+    """CPU time and run-queue wait of threads over `seconds` of wall-clock time; all in seconds.
 
-    ran, waited: the threads of this process, on a core and ready to run but without one.
-    workers: its child processes, and theirs, that wanted a core at all. workers_ran, workers_waited: their threads.
+    ran, waited: of this process's threads: on a core, and ready to run without one.
+    workers: number of descendant processes that wanted a core at all. workers_ran, workers_waited: of their threads.
     """
 
     seconds: float
@@ -62,17 +62,17 @@ class CoreUse:
 
     @property
     def unmet(self) -> float:
-        """The share of the wanted time on a core that was not given: waited / (ran + waited), 0 to 1."""
+        """The share of the wanted core time that was not got: waited / (ran + waited), 0 to 1."""
         return 1 - self.cores_got / self.cores_wanted if self.cores_wanted else 0.0
 
     def lost(self, waiting: float) -> float:
-        """About the share of the clock that passed because threads waited for a core, 0 to 1.
+        """An estimate of the wall-clock share lost to threads waiting for a core, 0 to 1.
 
-        A thread alone loses what it waited. Threads that work side by side wait side by side: as many as want a core
-        on average share what they waited. Workers cost no more than the time that is spent waiting for their batches.
+        A single thread loses its own wait. Parallel threads wait in parallel: their wait is divided by the number of
+        threads that want a core on average. Workers cost at most the time spent waiting for their batches.
 
         Args:
-            waiting: the share of the clock that is spent waiting for batches.
+            waiting: the share of wall-clock time spent waiting for batches.
         """
         own = self.waited / max(self.seconds, self.ran + self.waited)
         workers = self.workers_waited / max(self.seconds, self.workers_ran + self.workers_waited)
@@ -81,14 +81,13 @@ class CoreUse:
 
 @dataclass(frozen=True)
 class Host:
-    """What the processors gave to a training loop.
+    """Cores of this machine, and their use by a training loop.
 
     Attributes:
-        lost: about the share of its steps that threads spent waiting for a core (`CoreUse.lost`), over the turns.
-        use: of all real steps together. Both None where the system does not count it.
-        stopped: the share of periods in which the CPU limit of a control group stopped this process; None without one.
-        threads: of torch. cores: that this process may use; physical_cores: hyperthreads counted once.
-            machine_cores: that the machine has.
+        lost: `CoreUse.lost` over the turns. use: of all real steps together. Both None where the system does not count.
+        stopped: the share of periods in which a control group's CPU limit throttled this process; None without a limit.
+        threads: of torch.
+        cores: available to this process. physical_cores: the same, hyperthreads counted once. machine_cores: in all.
     """
 
     lost: Summary | None
@@ -106,13 +105,13 @@ class Host:
 
     @property
     def too_few_cores(self) -> float:
-        """The share of a step, or of a CPU limit's periods, that too few cores have cost; 0 below what noise makes."""
+        """The share of a step, or of a CPU limit's periods, lost to too few cores; 0 within the noise."""
         lost, stopped = self.lost.median if self.lost else 0.0, self.stopped or 0.0
         return max(lost if lost >= LOST_LEAST else 0.0, stopped if stopped >= STOPPED_LEAST else 0.0)
 
     @property
     def idle_cores(self) -> bool:
-        """Whether torch has fewer threads than there are cores, those are busy, and other cores are idle."""
+        """Whether torch's threads are busy and fewer than the cores, while other cores are idle."""
         if self.use is None or self.threads >= self.physical_cores:
             return False
         busy = self.use.ran / self.use.seconds >= BUSY_LEAST * self.threads
@@ -120,15 +119,15 @@ class Host:
 
     @property
     def partial(self) -> bool:
-        """Whether the machine has more cores than may be used."""
+        """Whether the machine has more cores than this process may use."""
         return self.cores < self.machine_cores
 
     def line(self) -> str:
-        """What there is and what was got, as a sentence."""
+        """Cores available, wanted and got, as a sentence."""
         of_machine = f" of the machine's {self.machine_cores}" if self.partial else ""
         there = f"{self.cores}{of_machine} cores may be used, torch has {self.threads} threads"
         if self.use is None:
-            return f"{there}; this system does not count how long threads wait for a core (Linux does)."
+            return f"{there}; only Linux counts how long threads wait for a core."
         stopped = (
             "" if self.stopped is None else f"; a CPU limit stopped it in {100 * self.stopped:.0f} % of its periods"
         )
@@ -138,7 +137,7 @@ class Host:
         )
 
     def sentence(self) -> str:
-        """What is wrong and what helps, without a full stop; for a host that has `too_few_cores`."""
+        """The problem and its remedy if there are `too_few_cores`, without a full stop."""
         of_cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
         if self.stopped and self.stopped >= STOPPED_LEAST:
             return (
@@ -164,17 +163,17 @@ class Host:
 
 
 def thread_times() -> ThreadTimes | None:
-    """(process, thread) to nanoseconds (on a core, waiting for one) since it began: this process and all below it.
+    """(process, thread) to (ran, waited for a core), in nanoseconds, of this process and its descendants.
 
-    From Linux's /proc/<process>/task/<thread>/schedstat (Documentation/scheduler/sched-stats.rst). A thread that has
-    ended is no longer told of. What a hypervisor takes from a virtual machine's core counts as neither.
+    Source: Linux's /proc/<process>/task/<thread>/schedstat (Documentation/scheduler/sched-stats.rst). Threads that have
+    ended are missing. Time that a hypervisor takes from a virtual machine's core counts as neither.
 
     Returns:
         None where the system does not count it.
     """
     times: ThreadTimes = {}
     processes = [os.getpid()]
-    for process in processes:  # which grows while it is gone through
+    for process in processes:  # grows by its children
         with suppress(OSError):  # it has ended
             for task in (PROCESSES / str(process) / "task").iterdir():
                 with suppress(OSError, ValueError):
@@ -186,7 +185,7 @@ def thread_times() -> ThreadTimes | None:
 
 
 def core_use(before: ThreadTimes, after: ThreadTimes, seconds: float) -> CoreUse:
-    """What happened between two calls of `thread_times` that lie `seconds` apart; a new thread counts in full."""
+    """The use of cores between two calls of `thread_times`, `seconds` apart; a new thread counts in full."""
     here, own, workers, awake = os.getpid(), [0.0, 0.0], [0.0, 0.0], set()
     for (process, thread), times in after.items():
         for kind, (now, then) in enumerate(zip(times, before.get((process, thread), (0, 0)), strict=True)):
@@ -198,7 +197,7 @@ def core_use(before: ThreadTimes, after: ThreadTimes, seconds: float) -> CoreUse
 
 
 def stopped_share(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]) -> float | None:
-    """The largest share of periods in which a group was stopped between two calls of `limit_periods`.
+    """The largest share of throttled periods of a control group between two calls of `limit_periods`.
 
     Returns:
         None without a limit.

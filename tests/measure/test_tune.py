@@ -14,7 +14,7 @@ from fastmnist.cli.main import main
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
 from fastmnist.measure.halving import Candidate, Search, combinations
-from fastmnist.measure.loops import training_setup
+from fastmnist.measure.step import training_setup
 from fastmnist.measure.tune import Tuning, make_loader, simplest, space_of, tune, write_yaml
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import summarise

@@ -1,10 +1,11 @@
-"""Training loops to measure: the step of a run without its folder, and batches of any loader, without an end."""
+"""Training step of a run, for any loader's batches, without a run folder."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.epochs import Batch
+from fastmnist.system.machine import synchronize
 from fastmnist.system.progress import Reporter
 from fastmnist.training.loop import Trainer, fastest_convolutions
 from fastmnist.training.precision import choose_compile
@@ -22,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class TrainingSetup(NamedTuple):
-    """What `training_setup` gives.
+    """The parts of a run that are measured.
 
-    files: the compiled files; `files.train` is the one to load from.
+    files: the compiled files; load from `files.train`.
     config: resolved: every setting that depends on the data has its value.
     device: of the model.
-    indices: (n,) int64, the samples to train on, without those that are held out for validation.
+    indices: (n,) int64, the training samples without the validation split.
     loaders: those of `config`, their batches on `device`.
     step: one training step with a batch of any loader over `files.train`: images (B, C, H, W), uint8 (augmented on the
         device) or float (augmented and normalised already), and labels (B,) int64, B at most `largest_batch`.
@@ -45,22 +47,22 @@ class TrainingSetup(NamedTuple):
 def training_setup(
     config: TrainConfig, reporter: Reporter, largest_batch: int | None = None
 ) -> Iterator[TrainingSetup]:
-    """Opens files and loaders, builds model and optimizer as a run does, and closes them when the block ends.
+    """Files, loaders, model and optimizer of a run, closed when the block ends.
 
-    Compiled only when `config.compile` names a mode; on a GPU the step is recorded. The learning rate stays the
-    schedule's first, small one, and all batches are augmented by the same draws: a step costs what it costs in a run,
-    and no loss grows without bound.
+    The step is compiled only if `config.compile` names a mode, and recorded on a GPU. It costs what it costs in a run,
+    but the learning rate stays at the schedule's small first value, so that no loss diverges, and all batches are
+    augmented by the same draws.
 
     Args:
-        largest_batch: that `step` is given; by default config.batch_size.
-        reporter: is told of files that are compiled and of the dataset that is taken in another's place.
+        reporter: announces compilation and a substituted dataset.
+        largest_batch: of those passed to `step`; by default config.batch_size.
 
     Raises:
         DataError: the data cannot be used.
         ConfigError: a setting cannot work, or a batch does not fit into the GPU's memory (raised by `step`).
         FastmnistError: the mode that `config.compile` names does not work here.
     """
-    # torchvision and scikit-learn take seconds to import, and who measures a loop of their own needs neither.
+    # Imports torchvision and scikit-learn, which take seconds and which a loop of one's own does not need.
     from fastmnist.training.session import Session
 
     with Session(config, reporter) as session:
@@ -72,6 +74,16 @@ def training_setup(
             session.set_up()
         step = _step_of(trainer, transforms)
         yield TrainingSetup(files, config, session.device, trainer.loader.indices, session.loaders, step)
+
+
+def fixed_batch_seconds(step: Callable[[Any], Any], batch: Any, count: int, device: torch.device) -> float:
+    """Seconds per step over `count` steps on one batch: training without loading."""
+    synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(count):
+        step(batch)
+    synchronize(device)
+    return (time.perf_counter() - begun) / count
 
 
 def _transforms(

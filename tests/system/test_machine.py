@@ -1,0 +1,37 @@
+"""Readings of the machine: control groups, cores and memory."""
+
+import os
+
+import pytest
+
+from fastmnist.system import machine
+from fastmnist.system.machine import limit_periods, physical_cores
+
+
+@pytest.mark.parametrize(
+    ("line", "place"), [("0::/a/b", "a/b"), ("0::/", ""), ("4:cpu,cpuacct:/x", "cpu/x"), ("3:memory:/x", None)]
+)
+def test_a_cpu_limit(monkeypatch, tmp_path, line, place):
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "groups")
+    assert limit_periods() == []
+    (tmp_path / "groups").write_text(line + "\n")
+    folder = tmp_path / (place or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu.stat").write_text("usage_usec 1\nnr_periods 10\nnr_throttled 4\nthrottled_usec 5\n")
+    assert limit_periods() == ([] if place is None else [(4, 10)])
+
+
+def test_physical_cores():
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+def test_memory_in_use_is_that_of_this_process(in_a_new_process):
+    script = """
+        import torch
+        from fastmnist.system.machine import memory_in_use
+        before = memory_in_use()
+        kept = torch.ones(400 << 20, dtype=torch.uint8)
+        assert 350 << 20 < memory_in_use() - before < 450 << 20
+    """
+    in_a_new_process(script)
