@@ -219,12 +219,11 @@ def step_table(found: Mapping[str, Any]) -> str:
         "| step of 256 images | milliseconds | kernels | GPU busy | of the bf16 matrix peak | set-up |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, step in found["steps"].items():
-        if isinstance(step, dict):
-            took, profile = step["milliseconds"], step["profile"]
-            lines.append(
-                f"| {name} | {took['median']:.3f} ({took['min']:.3f} to {took['max']:.3f}) | "
-                f"{profile['kernels']:.0f} | {profile['busy']:.0%} | {step['of_bf16_peak']['median']:.1%} | "
-                f"{step['set_up_seconds']:.1f} s |"
-            )
+    for step in found["steps"]["rows"]:
+        low, middle, high = (f"{1e3 * step[name]:.3f}" for name in ("low", "median", "high"))
+        profile = step["profile"]
+        lines.append(
+            f"| {step['name']} | {middle} ({low} to {high}) | {profile['kernels']:.0f} | {profile['busy']:.0%} | "
+            f"{step['of_bf16_peak']['median']:.1%} | {step['set_up_seconds']:.1f} s |"
+        )
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ COMPILE_SECONDS = 25.0
 COMPILE_GAIN = 0.4
 
 # With AVX-512 BF16 a training step ran at 1.3 (imagenet stem) to 1.7 times (cifar) the speed of float32:
-# benchmarks/precision.py.
+# benchmarks/step.py.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
