@@ -5,8 +5,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Imported when first asked for, so that `import fastmnist` and `fastmnist --help` need no torch.
-_HOMES = {
+# Imported on first access, so that `import fastmnist` and `fastmnist --help` do not load torch.
+_MODULES = {
     "Augmentation": "fastmnist.loader.augment",
     "Beton": "fastmnist.beton.reader",
     "ConfigError": "fastmnist.errors",
@@ -30,13 +30,13 @@ _HOMES = {
     "tune_loader": "fastmnist.measure.tune",
     "write_beton": "fastmnist.beton.writer",
 }
-__all__ = [*_HOMES, "__version__"]  # strings all
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that one process at a time has open."""
+"""Atomic file writes, and files with an exclusive lock."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastmnist.errors import FastmnistError
 
 @contextmanager
 def replacing(path: Path, hint: str = "name another folder") -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` for writing; syncs and renames it when the block ends without an error.
+    """A temporary file beside `path`, synced and renamed to `path` if the block succeeds.
 
-    Temporary files that killed processes left of the same file are removed first.
+    First removes temporary files of `path` from killed processes.
 
     Raises:
-        FastmnistError: the folder cannot be written or the disk is full; nothing is left behind, and the file that was
-            there before stays.
+        FastmnistError: the folder cannot be written or the disk is full. An earlier file stays, the temporary one goes;
+            the message ends with `hint`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def replacing(path: Path, hint: str = "name another folder") -> Iterator[BinaryI
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)  # while it is locked, so that nobody takes it for an orphan
+                os.replace(file.name, path)  # still locked, so that no other process removes it as an orphan
             finally:
                 with suppress(OSError):
                     os.unlink(file.name)
@@ -41,16 +41,16 @@ def replacing(path: Path, hint: str = "name another folder") -> Iterator[BinaryI
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file whole or not at all; raises FastmnistError as `replacing` does."""
+    """Writes a small file atomically; raises FastmnistError as `replacing` does."""
     with replacing(path) as file:
         file.write(content)
 
 
 def remove_orphans(folder: Path, name: str | None = None) -> None:
-    """Deletes what `replacing` left in `folder` when its process was killed, of the file `name` or of all files.
+    """Deletes temporary files that killed processes left in `folder`: those of the file `name`, or all.
 
-    A process number says little: it is given again, and means nothing on another machine. A writer holds a lock on its
-    temporary file, so one that can be locked has no writer any more.
+    A writer locks its temporary file, so one that can be locked is an orphan. A process number would not tell: numbers
+    are reused, and mean nothing on another machine.
     """
     stem = "*" if name is None else glob.escape(name)
     for path in folder.glob(f".{stem}.[0-9]*-{'[0-9a-f]' * 8}.tmp"):
@@ -60,23 +60,28 @@ def remove_orphans(folder: Path, name: str | None = None) -> None:
 
 
 def lock(file: BinaryIO) -> bool | None:
-    """Locks an open file until it is closed or its process ends: False when another has it, None where no locks are."""
+    """Locks an open file until it is closed or the process ends.
+
+    Returns:
+        False if another process holds the lock, None if the file system has no locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # of a file system without them
+    except OSError:  # the file system has no locks
         return None
     return True
 
 
 def open_alone(path: Path, taken: str) -> BinaryIO:
-    """Opens a file to read and write, and makes it where it is missing, unless another process has it open so.
+    """Opens a file for reading and writing under an exclusive lock; creates it if it is missing.
 
-    Its owner may delete it before closing it.
+    The process that holds the lock may delete the file before closing it.
 
     Raises:
-        FastmnistError: another process has it; `taken` is the message. OSError: it cannot be opened.
+        FastmnistError: another process holds the lock; `taken` is the message.
+        OSError: the file cannot be opened.
     """
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -86,17 +91,17 @@ def open_alone(path: Path, taken: str) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except FileNotFoundError:
-            pass  # as below
+            pass  # deleted, as below
         except BaseException:
             file.close()
             raise
-        file.close()  # its owner finished and deleted it between the two calls above
+        file.close()  # its holder deleted it between opening and locking: try again
 
 
 def _temporary(path: Path) -> BinaryIO:
-    """A new file beside `path`, locked."""
+    """A new, locked file beside `path`."""
     while True:
         file = open(path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"), "x+b")  # noqa: SIM115
         if lock(file) is not False and os.path.exists(file.name):
             return file
-        file.close()  # another process took it for an orphan before it was locked
+        file.close()  # another process removed it as an orphan before it was locked

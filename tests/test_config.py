@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmnist.cli.main import parse
-from fastmnist.cli.parser import run_settings
+from fastmnist.cli.parser import given_settings
 from fastmnist.config import GROUPS, TrainConfig, flag, refuse_unused
 from fastmnist.errors import ConfigError
 
@@ -61,7 +61,9 @@ def test_a_printed_configuration_holds_what_was_given_and_config_takes_it(tmp_pa
     assert end.value.code == 0
     file.write_text(capsys.readouterr().out)
     expected = {"epochs": 3.0, "augment": False, "loader": "tuned", "workers": 0}
-    assert run_settings(parse(["train", "--config", str(file)])) == run_settings(parse(["train", *flags])) == expected
+    assert (
+        given_settings(parse(["train", "--config", str(file)])) == given_settings(parse(["train", *flags])) == expected
+    )
 
 
 def test_settings_of_loaders_come_from_a_file_and_from_flags(tmp_path) -> None:

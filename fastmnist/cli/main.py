@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Nothing heavy is imported before a subcommand runs."""
+"""Command line: its commands, one parse of the arguments, and the exit status.
+
+Nothing heavy is imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +22,37 @@ from fastmnist.errors import ConfigError, FastmnistError
 
 STARTED = time.perf_counter()
 
-
 COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
-    "compile": (runs.describe_compile, runs.compile_command),
-    "verify": (runs.describe_verify, runs.verify_command),
-    "train": (runs.describe_train, runs.train_command),
-    "evaluate": (runs.describe_evaluate, runs.evaluate_command),
-    "predict": (runs.describe_predict, runs.predict_command),
-    "demo": (runs.describe_demo, runs.demo_command),
-    "export": (runs.describe_export, runs.export_command),
-    "bench": (measure.describe_bench, measure.bench_command),
-    "doctor": (measure.describe_doctor, measure.doctor_command),
-    "tune": (measure.describe_tune, measure.tune_command),
-    "speedrun": (measure.describe_speedrun, measure.speedrun_command),
-    "ladder": (measure.describe_ladder, measure.ladder_command),
+    "compile": (runs.compile_parser, runs.compile_command),
+    "verify": (runs.verify_parser, runs.verify_command),
+    "train": (runs.train_parser, runs.train_command),
+    "evaluate": (runs.evaluate_parser, runs.evaluate_command),
+    "predict": (runs.predict_parser, runs.predict_command),
+    "demo": (runs.demo_parser, runs.demo_command),
+    "export": (runs.export_parser, runs.export_command),
+    "bench": (measure.bench_parser, measure.bench_command),
+    "doctor": (measure.doctor_parser, measure.doctor_command),
+    "tune": (measure.tune_parser, measure.tune_command),
+    "speedrun": (measure.speedrun_parser, measure.speedrun_command),
+    "ladder": (measure.ladder_parser, measure.ladder_command),
 }
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """A command's options: its flags, its name as `command`, and as `given` what a flag or a file sets, by name.
+    """The options of a command: its flags; `command`, its name; `given`, the values from flags and file, by name.
 
     Raises:
-        ConfigError: wrong usage. SystemExit: --help and --version end the process.
+        ConfigError: wrong usage.
+        SystemExit: --help, --version or --print-config has printed.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="fastmnist", description=fastmnist.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastmnist {fastmnist.__version__}")
     subcommands = parser.add_subcommands()
-    commands = {name: describe() for name, (describe, _) in COMMANDS.items()}
+    commands = {name: make_parser() for name, (make_parser, _) in COMMANDS.items()}
     for name, command in commands.items():
-        subcommands.add_subcommand(name, command, help=f"{str(command.description).split(':')[0]}.")
+        summary = str(command.description).partition(":")[0].rstrip(".")
+        subcommands.add_subcommand(name, command, help=f"{summary}.")
     parsed = parser.parse_args(arguments, defaults=False)
     given = parsed[parsed.subcommand]
     options = commands[parsed.subcommand].get_defaults()
@@ -69,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fastmnist: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: no second error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
-        usual = isinstance(error, FastmnistError)
-        text = str(error) if usual else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        expected = isinstance(error, FastmnistError)
+        text = str(error) if expected else f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)"
         print(f"fastmnist: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

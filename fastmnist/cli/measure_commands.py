@@ -1,4 +1,4 @@
-"""The subcommands that measure: bench, doctor, tune and speedrun."""
+"""Commands that measure: bench, doctor, tune, speedrun and ladder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmnist.cli.parser import (
     Parser,
     add_data_flags,
     add_run_flags,
-    config_of,
+    configure,
     new_folder,
     new_parser,
     without_folders,
@@ -21,20 +21,25 @@ from fastmnist.cli.parser import (
 # ruff: noqa: UP006, UP035, UP045  # jsonargparse reads these types on Python 3.10 too
 
 
-def describe_bench() -> Parser:
-    parser = new_parser(
-        "Benchmark the ways to load images on this machine: one table, one picture, in under 3 minutes."
+def bench_parser() -> Parser:
+    parser = new_parser("Benchmark the loaders on this machine: one table, one picture, in under 3 minutes.")
+    parser.add_argument("--quick", action="store_true", help="Only the most telling loaders, in half a minute.")
+    parser.add_argument(
+        "--dataset", type=Optional[str], help="As for train; by default mnist, or digits if mnist is unavailable."
     )
-    parser.add_argument("--quick", action="store_true", help="The most telling ones alone, in half a minute.")
-    parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
     add_data_flags(parser, dataset=False)
     parser.add_argument("--batch-size", type=int, default=512, help="Images per batch.")
-    parser.add_argument("--device", type=str, default="auto", help="Where batches go: auto, cpu, cuda and so on.")
+    parser.add_argument("--device", type=str, default="auto", help="Device of the batches: auto, cpu, cuda and so on.")
     parser.add_argument(
-        "--only", type=Optional[str], metavar="NAMES", help="These alone, as the table names them, separated by ';'."
+        "--only",
+        type=Optional[str],
+        metavar="NAMES",
+        help="Only these loaders, by their names in the table, separated by ';'.",
     )
     parser.add_argument(
-        "--out", type=Optional[str], help="Folder for table, pictures and JSON; by default runs/<date>-bench-<n>."
+        "--out",
+        type=Optional[str],
+        help="Folder of the table, the pictures and the JSON; by default runs/<date>-bench-<n>.",
     )
     return parser
 
@@ -53,7 +58,7 @@ def bench_command(options: Any) -> int:
         reporter.say(note)
     with new_folder(options.out, "bench") as folder:
         with reporter.working() as progress:
-            found = bench(
+            result = bench(
                 data,
                 batch_size=options.batch_size,
                 device=options.device,
@@ -61,21 +66,21 @@ def bench_command(options: Any) -> int:
                 plan=QUICK if options.quick else FULL,
                 progress=progress,
             )
-        reporter.console.print(rich_table(found.rows))
-        for line in footnotes(found.rows):
+        reporter.console.print(rich_table(result.rows))
+        for line in footnotes(result.rows):
             reporter.say(line)
-        write_json(str(folder / "bench.json"), found.to_dict())
-        write_bytes(folder / "bench.md", markdown(found.rows).encode())
-        loaders = [row for row in found.rows if row["group"] == "loader"]
+        write_json(folder / "bench.json", result.to_dict())
+        write_bytes(folder / "bench.md", markdown(result.rows).encode())
+        loaders = [row for row in result.rows if row["group"] == "loader"]
         plot_bars(loaders, [folder / "bench.png", folder / "bench.svg"])
-    reporter.say(f"{folder} has the table, the picture and all values. {found.seconds:.0f} s in all.")
-    write_json(options.json, found.to_dict() | {"folder": str(folder)})
-    return INTERRUPTED if found.interrupted else 0
+    reporter.say(f"{folder} has the table, the picture and all values. {result.seconds:.0f} s in all.")
+    write_json(options.json, result.to_dict() | {"folder": str(folder)})
+    return INTERRUPTED if result.interrupted else 0
 
 
-def describe_doctor() -> Parser:
-    parser = new_parser("Diagnose a training run: does the model wait for data, and what could a faster loader gain.")
-    parser.add_argument("--seconds", type=float, default=6.0, help="Seconds of measuring.")
+def doctor_parser() -> Parser:
+    parser = new_parser("Diagnose a training run: does the model wait for data, and what would a faster loader gain.")
+    parser.add_argument("--seconds", type=float, default=6.0, help="Seconds to measure.")
     add_run_flags(parser)
     return parser
 
@@ -85,26 +90,34 @@ def doctor_command(options: Any) -> int:
     from fastmnist.system.progress import Reporter
 
     reporter = Reporter(options.quiet)
-    found = diagnose_training(config_of(options)[0], options.seconds, reporter)
-    reporter.result(found.verdict)
-    for line in found.lines():
+    result = diagnose_training(configure(options)[0], options.seconds, reporter)
+    reporter.result(result.verdict)
+    for line in result.lines():
         reporter.say(line)
-    write_json(options.json, found.to_dict())
+    write_json(options.json, result.to_dict())
     return 0
 
 
-def describe_tune() -> Parser:
-    parser = new_parser("Tune a run's loader on this machine: the fastest settings, as YAML for train --config.")
-    parser.add_argument("--budget", type=float, default=30.0, help="Seconds in all; two settings are compared anyway.")
-    parser.add_argument("--loader-only", action="store_true", help="Measure the loader alone, without the model.")
+def tune_parser() -> Parser:
+    parser = new_parser("Tune a run's loader on this machine: find the fastest settings, as YAML for train --config.")
     parser.add_argument(
-        "--max-memory", type=Optional[float], metavar="MB", help="Megabytes that loaders may take while they are tried."
+        "--budget", type=float, default=30.0, help="Seconds in all; at least two settings are compared."
+    )
+    parser.add_argument("--loader-only", action="store_true", help="Measure the loader without the model.")
+    parser.add_argument(
+        "--max-memory",
+        type=Optional[float],
+        metavar="MB",
+        help="Most memory that the loaders on trial may take (megabytes).",
     )
     parser.add_argument(
-        "--batch-sizes", type=List[int], default=[], help="Try these too: [128,256]. Other batches train otherwise."
+        "--batch-sizes",
+        type=List[int],
+        default=[],
+        help="Batch sizes to try too, as [128,256]; they change the training.",
     )
-    parser.add_argument("--orders", type=List[str], default=[], help="Try these orders too: [quasi_random].")
-    add_run_flags(parser, loader="ours, ffcv, dataloader, tuned, tensors, or all of them.")
+    parser.add_argument("--orders", type=List[str], default=[], help="Orders to try too, as [quasi_random].")
+    add_run_flags(parser, loader="ours, ffcv, dataloader, tuned, tensors, or all.")
     return parser
 
 
@@ -116,10 +129,10 @@ def tune_command(options: Any) -> int:
 
     reporter = Reporter(options.quiet)
     loader = options.loader
-    config = replace(config_of(options)[0], loader="ours" if loader == "all" else loader)
+    config = replace(configure(options)[0], loader="ours" if loader == "all" else loader)
     with new_folder(config.out, "tune") as folder:
         with reporter.working() as progress:
-            found = tune(
+            result = tune(
                 config,
                 loader=loader,
                 budget=options.budget,
@@ -130,20 +143,22 @@ def tune_command(options: Any) -> int:
                 reporter=reporter,
                 progress=progress,
             )
-        reporter.console.print(search_table(found.to_dict()))
-        write_yaml(found, folder / "tuned.yaml")
-        write_json(str(folder / "tune.json"), found.to_dict())
-        plot_search(found.to_dict(), folder / "search.png")
-    reporter.result(f"{found.verdict()} Use it: fastmnist train --config {folder / 'tuned.yaml'}")
-    write_json(options.json, found.to_dict() | {"folder": str(folder)})
+        reporter.console.print(search_table(result.to_dict()))
+        write_yaml(result, folder / "tuned.yaml")
+        write_json(folder / "tune.json", result.to_dict())
+        plot_search(result.to_dict(), folder / "search.png")
+    reporter.result(f"{result.verdict()} Use it: fastmnist train --config {folder / 'tuned.yaml'}")
+    write_json(options.json, result.to_dict() | {"folder": str(folder)})
     return 0
 
 
-def describe_speedrun() -> Parser:
-    parser = new_parser("Repeat a run with many seeds: accuracy and training seconds, with their spread and a picture.")
-    parser.add_argument("--seeds", type=int, default=20, help="Runs, from --seed on.")
+def speedrun_parser() -> Parser:
+    parser = new_parser("Repeat a run with many seeds: accuracy and training seconds, their spread and a picture.")
+    parser.add_argument("--seeds", type=int, default=20, help="Number of runs, with consecutive seeds from --seed.")
     parser.add_argument(
-        "--shifted", action="store_true", help="Also average each test image over its shifts by one pixel."
+        "--shifted",
+        action="store_true",
+        help="Also evaluate with each test image averaged over its shifts by one pixel.",
     )
     add_run_flags(parser)
     return parser
@@ -156,10 +171,10 @@ def speedrun_command(options: Any) -> int:
     from fastmnist.system.progress import Reporter
 
     reporter = Reporter(options.quiet)
-    config, preset = config_of(options)
+    config, preset = configure(options)
     with new_folder(config.out, "speedrun") as folder:
         with reporter.working() as progress:
-            found = speedrun(
+            result = speedrun(
                 replace(config, out=None),
                 options.seeds,
                 preset=preset,
@@ -169,23 +184,27 @@ def speedrun_command(options: Any) -> int:
                 reporter=reporter,
                 progress=progress,
             )
-        write_json(str(folder / "speedrun.json"), found.to_dict())
-        plot_speedrun(found.to_dict(), [folder / "speedrun.png", folder / "speedrun.svg"])
-    reporter.result(f"{found.verdict()}. {folder} has the picture and every seed.")
-    write_json(options.json, found.to_dict() | {"folder": str(folder)})
-    return INTERRUPTED if found.interrupted else 0
+        write_json(folder / "speedrun.json", result.to_dict())
+        plot_speedrun(result.to_dict(), [folder / "speedrun.png", folder / "speedrun.svg"])
+    reporter.result(f"{result.verdict()}. {folder} has the picture and every seed.")
+    write_json(options.json, result.to_dict() | {"folder": str(folder)})
+    return INTERRUPTED if result.interrupted else 0
 
 
-def describe_ladder() -> Parser:
-    parser = new_parser("Climb from the plain notebook to the fast run: what each rung is worth here.")
-    parser.add_argument("--quick", action="store_true", help="One seed and fewer images: 2 minutes on two cores.")
+def ladder_parser() -> Parser:
+    parser = new_parser("Climb from a plain training script to the fast run: the gain of each rung on this machine.")
+    parser.add_argument(
+        "--quick", action="store_true", help="One seed and a quarter of the images: 2 minutes on two cores."
+    )
     parser.add_argument("--seeds", type=Optional[int], help="Runs per rung; by default 3, with --quick 1.")
     parser.add_argument(
         "--images",
         type=Optional[int],
         help="Training images per run; by default 12,000 on a CPU and 120,000 on a GPU, with --quick a quarter.",
     )
-    parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
+    parser.add_argument(
+        "--dataset", type=Optional[str], help="As for train; by default mnist, or digits if mnist is unavailable."
+    )
     add_data_flags(parser, dataset=False)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda and so on.")
     parser.add_argument(
@@ -203,7 +222,7 @@ def ladder_command(options: Any) -> int:
     reporter = Reporter()
     with new_folder(options.out, "ladder") as folder:
         with reporter.working() as progress:
-            found = ladder(
+            result = ladder(
                 seeds=options.seeds,
                 images=options.images,
                 quick=options.quick,
@@ -213,12 +232,12 @@ def ladder_command(options: Any) -> int:
                 reporter=reporter,
                 progress=progress,
             )
-        reporter.console.print(ladder_table(found.rows))
-        for line in notes(found.rows):
+        reporter.console.print(ladder_table(result.rows))
+        for line in notes(result.rows):
             reporter.say(line)
-        write_json(str(folder / "ladder.json"), found.to_dict())
-        write_bytes(folder / "ladder.md", ladder_markdown(found.to_dict()).encode())
-        plot_ladder(found.to_dict(), [folder / "ladder.png", folder / "ladder.svg"])
-    reporter.say(f"{folder} has the table, the picture and all values. {found.seconds:.0f} s in all.")
-    write_json(options.json, found.to_dict() | {"folder": str(folder)})
-    return INTERRUPTED if found.interrupted else 0
+        write_json(folder / "ladder.json", result.to_dict())
+        write_bytes(folder / "ladder.md", ladder_markdown(result.to_dict()).encode())
+        plot_ladder(result.to_dict(), [folder / "ladder.png", folder / "ladder.svg"])
+    reporter.say(f"{folder} has the table, the picture and all values. {result.seconds:.0f} s in all.")
+    write_json(options.json, result.to_dict() | {"folder": str(folder)})
+    return INTERRUPTED if result.interrupted else 0

@@ -1,4 +1,4 @@
-"""What the subcommands share: their parser, the flags of a run, and where results go."""
+"""Shared parts of the commands: their parser, the flags of a run, and the output folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import yaml
 from fastmnist.config import FOLDERS, GROUPS, RETIRED, TrainConfig, flag, without_retired
 from fastmnist.errors import ConfigError
 
-LONGEST_ERROR = 400  # characters; a file that is no configuration is quoted whole otherwise
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+LONGEST_ERROR = 400  # characters: jsonargparse quotes a broken configuration file whole
+INTERRUPTED = 130  # exit status: 128 + SIGINT, as in shells
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Flags with hyphens, --x and --no-x for a yes or no, and wrong usage in one line with exit status 2."""
+    """ArgumentParser with hyphens in flags, --x and --no-x for bool, and ConfigError for wrong usage."""
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         if options.get("type") is bool:
@@ -34,12 +34,12 @@ class Parser(jsonargparse.ArgumentParser):
         return super().add_argument(*hyphened, **options)
 
     def parse_string(self, content: str, *args: Any, **options: Any) -> Any:
-        """A configuration file's settings. A line on stderr names those that mean nothing any more."""
-        with suppress(yaml.YAMLError):  # what is no YAML is refused below
+        """The settings in a configuration file. Retired ones are ignored, each with a line on stderr."""
+        with suppress(yaml.YAMLError):  # refused below
             settings = yaml.safe_load(content)
             if isinstance(settings, dict) and not RETIRED.keys().isdisjoint(settings):
                 for name in sorted(RETIRED.keys() & settings):
-                    print(f"{name} means nothing any more: {RETIRED[name]}", file=sys.stderr)
+                    print(f"{name} is ignored: {RETIRED[name]}", file=sys.stderr)
                 content = yaml.safe_dump(without_retired(settings), sort_keys=False)
         return super().parse_string(content, *args, **options)
 
@@ -53,9 +53,7 @@ def new_parser(description: str, *, writes_json: bool = True) -> Parser:
     parser = Parser(description=description, allow_abbrev=False, print_config="--print-config")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     if writes_json:
-        parser.add_argument(
-            "--json", type=Optional[str], metavar="FILE", help="Write the result to FILE, for programs."
-        )
+        parser.add_argument("--json", type=Optional[str], metavar="FILE", help="Also write the result to FILE as JSON.")
     return parser
 
 
@@ -75,13 +73,13 @@ def add_data_flags(parser: Parser, dataset: bool) -> None:
 
 
 def add_run_flags(parser: Parser, loader: str | None = None) -> None:
-    """A run's settings. loader: what --loader says where it may also be "all"."""
+    """Adds the settings of a run. loader: the help text of --loader where it may also be "all"."""
     parser.add_argument(
         "--preset",
         type=str,
         default="auto",
-        help="Settings that the flags below override: fast99, fast995 or accurate for a GPU, cpu, none; auto takes "
-        "cpu or fast995 for MNIST, by the device.",
+        help="Settings that the flags below override: fast99, fast995 or accurate for a GPU, cpu, or none; for MNIST "
+        "auto is fast995 on a GPU and cpu elsewhere, for other data none.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     for group in GROUPS:
@@ -90,13 +88,13 @@ def add_run_flags(parser: Parser, loader: str | None = None) -> None:
         parser.add_argument("--loader", type=str, default="ours", help=loader)
 
 
-def run_settings(options: Any) -> dict[str, Any]:
-    """Those of a run that flags or a file name; defaults are not among them."""
+def given_settings(options: Any) -> dict[str, Any]:
+    """The settings of a run that flags or a file set, without defaults."""
     return {name: value for name, value in options.given.items() if name in TrainConfig.__dataclass_fields__}
 
 
 def without_folders(arguments: Sequence[str]) -> list[str]:
-    """The command line for a result that others read: without where it was run and what it wrote.
+    """The command line for readers of a result: without folders of this machine and without --json.
 
     >>> without_folders(["speedrun", "--out", "here", "--seeds", "5", "--data-dir=there"])
     ['speedrun', '--seeds', '5']
@@ -114,18 +112,18 @@ def without_folders(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def config_of(options: Any) -> tuple[TrainConfig, str]:
-    """A run's configuration, and the name of the preset that it begins with."""
+def configure(options: Any) -> tuple[TrainConfig, str]:
+    """The configuration of a run, and the name of the preset that it starts from."""
     from fastmnist.presets import choose_preset, preset_config
     from fastmnist.system.machine import choose_device
 
     name = choose_preset(options.preset, options.dataset, lambda: choose_device(options.device).type == "cuda")
-    return preset_config(name, **run_settings(options)), name
+    return preset_config(name, **given_settings(options)), name
 
 
 @contextmanager
 def new_folder(out: str | None, what: str) -> Iterator[Path]:
-    """A new folder, which is gone again when nothing came of it."""
+    """A new folder for results; it is removed if the block raises."""
     from fastmnist.training.run_folder import RunFolder
 
     folder = RunFolder.create(out, what)
@@ -138,7 +136,7 @@ def new_folder(out: str | None, what: str) -> Iterator[Path]:
         folder.release()
 
 
-def write_json(path: str | None, content: Any) -> None:
+def write_json(path: str | Path | None, content: Any) -> None:
     if path is not None:
         from fastmnist.files import write_bytes
 

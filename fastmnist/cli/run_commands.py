@@ -1,4 +1,4 @@
-"""The subcommands about data and runs: compile, verify, train, evaluate and predict."""
+"""Commands for data and runs: compile, verify, train, evaluate, predict, export and demo."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from fastmnist.cli.parser import (
     Parser,
     add_data_flags,
     add_run_flags,
-    config_of,
+    configure,
+    given_settings,
     new_parser,
-    run_settings,
     write_json,
 )
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
 
 
-def describe_compile() -> Parser:
-    parser = new_parser("Compile a dataset: source to <dataset>-train.beton and <dataset>-test.beton.")
+def compile_parser() -> Parser:
+    parser = new_parser("Compile a dataset: write <dataset>-train.beton and <dataset>-test.beton.")
     add_data_flags(parser, dataset=True)
     parser.add_argument("--output", type=Optional[str], help="Folder for the files; by default the user's cache.")
     parser.add_argument(
         "--expand",
         type=Optional[int],
         metavar="N",
-        help="Also write <dataset>-train-x<N>.beton, N deformed copies of each training image; once interrupted, "
-        "it is written from its beginning.",
+        help="Also write <dataset>-train-x<N>.beton, N deformed copies of each training image; an interrupted one is "
+        "written again from its beginning.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the copies' deformations.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the deformations.")
     return parser
 
 
@@ -56,7 +56,7 @@ def compile_command(options: Any) -> int:
     return 0
 
 
-def describe_verify() -> Parser:
+def verify_parser() -> Parser:
     parser = new_parser("Verify a compiled file: header, counts, every checksum.", writes_json=False)
     parser.add_argument("file", type=str, help="The .beton file.")
     return parser
@@ -70,11 +70,9 @@ def verify_command(options: Any) -> int:
     return 0
 
 
-def describe_train() -> Parser:
-    parser = new_parser("Train a model: compile the data where needed, train, evaluate, draw, write the run's folder.")
-    parser.add_argument(
-        "--resume", type=Optional[str], metavar="DIR", help="Go on with the run in DIR that was stopped."
-    )
+def train_parser() -> Parser:
+    parser = new_parser("Train a model: compile the data if needed, train, evaluate, draw, write the run's folder.")
+    parser.add_argument("--resume", type=Optional[str], metavar="DIR", help="Continue the stopped run in DIR.")
     add_run_flags(parser)
     return parser
 
@@ -83,20 +81,19 @@ def train_command(options: Any) -> int:
     if options.resume is None:
         from fastmnist.runs.train import train
 
-        config, preset = config_of(options)
+        config, preset = configure(options)
         if preset != "none" and not config.quiet:
-            print(f"preset {preset} (--preset none, or any flag, for other settings)")
+            print(f"preset {preset} (--preset none turns it off, any flag overrides it)")
         result = train(config, started=options.started)
     else:
         from fastmnist.runs.train import resume
 
-        # What was not given keeps the run's own value, and is no change.
-        result = resume(options.resume, run_settings(options), started=options.started)
+        result = resume(options.resume, given_settings(options), started=options.started)
     write_json(options.json, result.summary | {"folder": str(result.folder)})
     return INTERRUPTED if result.interrupted else 0
 
 
-def describe_evaluate() -> Parser:
+def evaluate_parser() -> Parser:
     parser = new_parser("Evaluate a run on its test set: accuracy, per class, confusion matrix.")
     parser.add_argument("run", type=str, help="The run's folder.")
     add_data_flags(parser, dataset=False)
@@ -119,10 +116,10 @@ def evaluate_command(options: Any) -> int:
     return 0
 
 
-def describe_predict() -> Parser:
-    parser = new_parser("Predict what is on pictures: label and probabilities for any PNG or JPEG of a digit.")
+def predict_parser() -> Parser:
+    parser = new_parser("Predict the digits in pictures: label and probabilities for any PNG or JPEG.")
     parser.add_argument("run", type=str, help="The run's folder.")
-    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Pictures, of any size and colour.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Pictures of any size and colour.")
     return parser
 
 
@@ -140,7 +137,7 @@ def predict_command(options: Any) -> int:
     return 0
 
 
-def describe_export() -> Parser:
+def export_parser() -> Parser:
     parser = new_parser("Export a run's model: ONNX, TorchScript or weights, checked against the original.")
     parser.add_argument("run", type=str, help="The run's folder.")
     parser.add_argument("--format", type=str, default="onnx", help="onnx, torchscript or safetensors.")
@@ -152,33 +149,33 @@ def describe_export() -> Parser:
 def export_command(options: Any) -> int:
     from fastmnist.inference.export import export
 
-    found = export(options.run, options.format, options.output, data_dir=options.data_dir)
+    exported = export(options.run, options.format, options.output, data_dir=options.data_dir)
     print(
-        f"{found.path}: {found.format}, the same predictions as the original on {found.images:,} test images "
-        f"(test accuracy {found.test_accuracy:.2%}), logits within {found.largest_difference:.1g}"
+        f"{exported.path}: {exported.format}, the same predictions as the original on {exported.images:,} test images "
+        f"(test accuracy {exported.test_accuracy:.2%}), logits within {exported.largest_difference:.1g}"
     )
-    write_json(options.json, found.to_dict())
+    write_json(options.json, exported.to_dict())
     return 0
 
 
-def describe_demo() -> Parser:
+def demo_parser() -> Parser:
     parser = new_parser(
-        "Draw a digit on a page of this machine and see what a run's model makes of it.", writes_json=False
+        "Demonstrate a run's model: draw a digit on a local page and see the prediction.", writes_json=False
     )
     parser.add_argument("run", type=Optional[str], nargs="?", help="The run's folder; by default the newest in runs/.")
-    parser.add_argument("--port", type=int, default=0, help="Of 127.0.0.1; by default a free one.")
+    parser.add_argument("--port", type=int, default=0, help="Port on 127.0.0.1; 0 takes a free one.")
     parser.add_argument("--browser", type=bool, default=True, help="Open the page in the browser.")
     parser.add_argument(
         "--share-html",
         type=Optional[str],
         metavar="FILE",
-        help="Write the page with the model in it as one file, which needs no server and no network, and end.",
+        help="Write page and model as one file, which needs neither server nor network, instead of serving them.",
     )
     parser.add_argument(
         "--onnxruntime-web",
         type=Optional[str],
         metavar="DIR",
-        help="Folder dist of that npm package, for --share-html; by default npm fetches it once.",
+        help="The npm package's folder dist, for --share-html; by default npm downloads it once.",
     )
     add_data_flags(parser, dataset=False)
     return parser
@@ -195,14 +192,14 @@ def demo_command(options: Any) -> int:
     if options.share_html is not None:
         from fastmnist.inference.share_html import share_html
 
-        found = share_html(run, options.share_html, runtime=options.onnxruntime_web, data_dir=options.data_dir)
+        shared = share_html(run, options.share_html, runtime=options.onnxruntime_web, data_dir=options.data_dir)
         print(
-            f"{found.path}: {found.bytes / 1e6:.1f} MB, probabilities within {found.largest_difference:.1g} of the "
-            f"original's on {found.images:,} test images"
+            f"{shared.path}: {shared.bytes / 1e6:.1f} MB, probabilities within {shared.largest_difference:.1g} of the "
+            f"original's on {shared.images:,} test images"
         )
         return 0
     with serving(run, options.port) as address:
-        try:  # from the line that promises it on, Ctrl-C is the usual end
+        try:  # Ctrl-C is the usual end as soon as the line below says so
             print(f"{run} reads what you draw on {address} (Ctrl-C ends it)", flush=True)
             if options.browser:
                 webbrowser.open(address)
