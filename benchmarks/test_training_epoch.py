@@ -18,7 +18,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model
 from fastmnist.training.precision import choose_precision
-from fastmnist.training.session import loader_settings
+from fastmnist.training.session import loader_arguments
 
 BATCH_SIZE, IMAGES, MODEL = 128, 5120, "small-cnn"
 LIMIT_STEPS = 10
@@ -34,7 +34,7 @@ def test_epoch(name, data, device, measure):
     config = TrainConfig(
         loader=name, model=MODEL, batch_size=BATCH_SIZE, epochs=ROUNDS + WARM_UP, learning_rate=1e-3, amp="off"
     )
-    settings = loader_settings(config)
+    settings = loader_arguments(config)
     height, width, channels = data.file.image_shape
     torch.manual_seed(0)
     model = build_model(MODEL, in_channels=channels, image_size=(height, width)).to(

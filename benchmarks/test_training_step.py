@@ -17,7 +17,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.system.statistics import summarise
 from fastmnist.training.model import build_model
-from fastmnist.training.session import loader_settings
+from fastmnist.training.session import loader_arguments
 
 BATCH_SIZE = 128
 STEPS = {"small-cnn": 20, "resnet18": 5}  # in a round, about half a second of each on two cores
@@ -56,7 +56,7 @@ def training_step(model_name: str, data, device: torch.device):
 def test_step(name, model_name, data, device, measure_told, turn, benchmark):
     step = training_step(model_name, data, device)
     together = AT_A_TIME[device.type]
-    settings = loader_settings(TrainConfig(loader=name, augment=False))
+    settings = loader_arguments(TrainConfig(loader=name, augment=False))
     with LOADERS[name](data.path, BATCH_SIZE, device=device, drop_last=True, **settings) as loader:
         fixed = next(iter(loader))
 

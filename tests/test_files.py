@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, before: bytes 
             file.write(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(FastmnistError, match="a: cannot be written: No space left on device"):
+    with pytest.raises(FastmnistError, match=re.escape(str(path))):
         fill()
     assert (path.read_bytes() if path.exists() else None) == before
     assert names(tmp_path) == ({"a"} if before else set())

@@ -98,6 +98,7 @@ def test_a_default_that_is_given_is_no_default(configured: Any) -> None:
 
 def test_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--preset", "quick"]) == 2
-    assert "--preset quick: there are fast99, fast995, accurate, cpu, auto, none" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="there are fast99"):
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("--preset quick", *PRESETS, "auto", "none"))
+    with pytest.raises(ConfigError, match="--preset quick"):
         preset_config("quick")

@@ -22,7 +22,7 @@ from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Sett
 from fastmnist.measure.step import TrainingSetup, training_setup
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
 from fastmnist.system.progress import Reporter
-from fastmnist.training.session import loader_settings
+from fastmnist.training.session import loader_arguments
 
 LEAST_BUDGET = 1.0
 
@@ -271,7 +271,7 @@ def make_loader(setup: TrainingSetup, settings: Settings) -> Iterable[Any]:
         device=setup.device,
         rank=0,
         world_size=1,
-        **loader_settings(config),
+        **loader_arguments(config),
     )
 
 

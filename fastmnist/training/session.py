@@ -152,7 +152,7 @@ class Session:
 
         def evaluation(file: Beton, indices: np.ndarray | None) -> Loader:
             size = EVALUATION_BATCH if self.device.type == "cpu" else EVALUATION_BATCH_ON_GPU
-            return Loader(file, size, shuffle=False, indices=indices, **common, **_own(config, "ours"))
+            return Loader(file, size, shuffle=False, indices=indices, **common, **_own_settings(config, "ours"))
 
         return RunLoaders(
             train=LOADERS[config.loader](
@@ -162,7 +162,7 @@ class Session:
                 indices=training,
                 drop_last=True,
                 **common,
-                **loader_settings(config),
+                **loader_arguments(config),
             ),
             validation=None if validation is None else evaluation(files.train, validation),
             test=evaluation(files.test, None),
@@ -236,18 +236,18 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
-def loader_settings(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of `LOADERS[config.loader]` that depend on which loader it is.
+def loader_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments that a run passes to `LOADERS[config.loader]` alone.
 
-    `augment` is among them where the loader augments, sample by sample, and the Trainer does not.
+    They include `augment` for a loader that augments sample by sample; the Trainer augments for the others.
     """
-    settings = _own(config, config.loader)
+    arguments = _own_settings(config, config.loader)
     if config.loader == "dataloader" and config.augment:
-        settings["augment"] = Augmentation(config.shift, config.rotation, config.scale)
-    return {"order": config.order} | settings
+        arguments["augment"] = Augmentation(config.shift, config.rotation, config.scale)
+    return {"order": config.order} | arguments
 
 
-def _own(config: TrainConfig, loader: LoaderName) -> dict[str, Any]:
-    """The settings that a loader alone has; one that is None keeps the loader's own default."""
+def _own_settings(config: TrainConfig, loader: LoaderName) -> dict[str, Any]:
+    """The settings that `loader` owns, without those left to its own default (None)."""
     values = {name: getattr(config, name) for name in LOADER_SETTINGS[loader]}
     return {name: value for name, value in values.items() if value is not None}

@@ -34,7 +34,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.runs.train import train
 from fastmnist.system.progress import Reporter
 from fastmnist.training.loop import Trainer
-from fastmnist.training.session import Session, loader_settings
+from fastmnist.training.session import Session, loader_arguments
 
 COUNT, SHAPE = 103, (6, 5)
 MOVES = Augmentation(1.0, 20.0, 0.1)
@@ -722,7 +722,7 @@ def test_each_loader_takes_its_settings(make_trainer, samples, kind, own):
     default = TrainConfig(loader=kind, augment=False)
     with (
         LOADERS[kind](samples[0], device="cpu") as plain,
-        LOADERS[kind](samples[0], device="cpu", **loader_settings(default)) as configured,
+        LOADERS[kind](samples[0], device="cpu", **loader_arguments(default)) as configured,
     ):
         assert configured._settings() == plain._settings()
 

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -89,9 +90,9 @@ def test_wrong_usage(run: Callable[..., str], data: Path, tmp_path: Path) -> Non
     assert "--nonsense" in run(2, "train", "--nonsense", "3")
     assert "'nonsense'" in run(2, "nonsense")
     error = run(2, "train", "--stem", "wide")
-    assert error == "fastmnist: --stem: Expected a Literal['imagenet', 'stride2', 'cifar']. Got value: wide"
-    assert "--seed: Expected a int. Got value: x" in run(2, "train", "--seed", "x")
-    assert "optimizer" in run(2, "train", "--optimizer", "lion")
+    assert all(word in error for word in ("--stem", "imagenet", "stride2", "cifar", "wide"))
+    assert "--seed" in run(2, "train", "--seed", "x")
+    assert "--optimizer" in run(2, "train", "--optimizer", "lion")
     assert "run" in run(2, "evaluate")
     config = tmp_path / "bad.yaml"
     config.write_text("batchsize: 3\n")
@@ -108,7 +109,7 @@ def test_settings_that_do_not_fit_the_data(run: Callable[..., str], data: Path, 
     for more, message in (
         (["--batch-size", "64", "--val-size", "0"], "--batch-size 64"),
         (["--batch-size", "16", "--val-size", "39"], "--val-size 39"),
-        (["--batch-size", "16", "--val-size", "5"], "--val-size 5: mnist cannot be split so"),
+        (["--batch-size", "16", "--val-size", "5"], "--val-size 5"),
         (["--batch-size", "16", "--val-size", "0", "--model", "torchvision:vgg11"], "torchvision:vgg11"),
         (
             ["--batch-size", "16", "--val-size", "0", "--compile", "graph", "--device", "cpu"],
@@ -123,14 +124,13 @@ def test_settings_that_do_not_fit_the_data(run: Callable[..., str], data: Path, 
 
 
 def test_sources_that_are_missing(run: Callable[..., str], data: Path, tmp_path: Path) -> None:
-    assert "nowhere: no such folder" in run(1, "train", "--data-dir", tmp_path / "nowhere")
-    assert "nowhere: no such folder" in run(1, "compile", "--data-dir", tmp_path / "nowhere")
-    assert "unknown dataset 'mnits'" in run(1, "train", "--dataset", "mnits")
-    assert "unknown dataset 'mnits'" in run(1, "compile", "--dataset", "mnits")
+    for command in ("train", "compile"):
+        assert str(tmp_path / "nowhere") in run(1, command, "--data-dir", tmp_path / "nowhere")
+        assert "'mnits'" in run(1, command, "--dataset", "mnits")
     (data / "t10k-labels-idx1-ubyte").unlink()
     assert "t10k-labels-idx1-ubyte" in run(1, "train", "--data-dir", data)
     (tmp_path / "empty").mkdir()
-    assert "IDX files of mnist" in run(1, "train", "--data-dir", tmp_path / "empty")
+    assert str(tmp_path / "empty") in run(1, "train", "--data-dir", tmp_path / "empty")
 
 
 @pytest.mark.parametrize("command", ["train", "compile"])
@@ -143,28 +143,30 @@ def test_sources_that_lie(
     images, labels = data / "train-images-idx3-ubyte", data / "train-labels-idx1-ubyte"
     whole = images.read_bytes()
 
-    images.write_bytes(whole[:-5])
-    assert "31,355 bytes of values where its header (40, 28, 28) asks for 31,360" in run(1, *arguments)
-    images.write_bytes(whole + b"more")
-    assert "more than the 31,360 bytes" in run(1, *arguments)
-    images.write_bytes(b"\x89PNG" + whole[4:])
-    assert "no IDX file" in run(1, *arguments)
-    images.write_bytes(whole[:2] + b"\x0c" + whole[3:])
-    assert "3-dimensional int32" in run(1, *arguments).replace(">i4", "int32")
+    for content, facts in (
+        (whole[:-5], ("31,355", "(40, 28, 28)", "31,360")),
+        (whole + b"more", ("31,360",)),
+        (b"\x89PNG" + whole[4:], ()),
+        (whole[:2] + b"\x0c" + whole[3:], ("i4",)),
+    ):
+        images.write_bytes(content)
+        error = run(1, *arguments)
+        assert all(fact in error for fact in (str(images), *facts)), error
     images.unlink()
     packed = images.with_name(images.name + ".gz")
     packed.write_bytes(gzip.compress(whole)[:-200])
-    assert f"{packed}: cannot be unzipped" in run(1, *arguments)
+    assert str(packed) in run(1, *arguments)
     packed.unlink()
     write_idx(images, random_samples(41)[0])
     error = run(1, *arguments)
-    assert "41 images" in error
-    assert "40 labels" in error
+    assert "41" in error
+    assert "40" in error
     images.write_bytes(whole)
     spoiled = bytearray(labels.read_bytes())
     spoiled[8 + 3] = 10
     labels.write_bytes(bytes(spoiled))
-    assert f"{labels}: label 10 of sample 3 is out of range" in run(1, *arguments)
+    error = run(1, *arguments)
+    assert all(fact in error for fact in (str(labels), "label 10", "sample 3"))
     # Nothing was written that a later run could take for whole.
     assert not list(tmp_path.rglob("*.beton"))
 
@@ -188,11 +190,11 @@ def test_runs_that_are_none(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for command in ("evaluate", "predict"):
         picture = [tmp_path / "a.png"] if command == "predict" else []
-        assert "holds no model.safetensors" in run(1, command, tmp_path / "empty", *picture)
-        assert "no such folder" in run(1, command, tmp_path / "nowhere", *picture)
+        assert "model.safetensors" in run(1, command, tmp_path / "empty", *picture)
+        assert str(tmp_path / "nowhere") in run(1, command, tmp_path / "nowhere", *picture)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "something in it" in run(2, "train", "--dataset", "digits", "--out", tmp_path / "full")
+    assert str(tmp_path / "full") in run(2, "train", "--dataset", "digits", "--out", tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
@@ -222,10 +224,8 @@ def forbidden(tmp_path: Path) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="root finds no folder that is closed to it")
 def test_no_permission_to_write(run: Callable[..., str], data: Path, forbidden: Path, tmp_path: Path) -> None:
     before = sorted(forbidden.iterdir())
-    error = run(1, "compile", "--data-dir", data, "--output", forbidden)
-    assert f"{forbidden / 'mnist-train.beton'}: cannot be written" in error
-    error = run(1, "train", "--data-dir", data, "--out", forbidden / "run")
-    assert f"{forbidden / 'run'}: cannot be made" in error
+    assert str(forbidden / "mnist-train.beton") in run(1, "compile", "--data-dir", data, "--output", forbidden)
+    assert str(forbidden / "run") in run(1, "train", "--data-dir", data, "--out", forbidden / "run")
     assert sorted(forbidden.iterdir()) == before
 
 
@@ -245,8 +245,8 @@ def test_a_disk_that_runs_full(data: Path, tmp_path: Path) -> None:
     done = child_with_little_disk(100_000, "compile", "--data-dir", data, "--output", cache)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "cannot be written" in done.stderr
-    assert "MB are needed" in done.stderr
+    assert str(cache) in done.stderr
+    assert "MB" in done.stderr
     assert not list(cache.iterdir())
 
     assert main(["compile", "--data-dir", str(data), "--output", str(cache)]) == 0
@@ -254,7 +254,7 @@ def test_a_disk_that_runs_full(data: Path, tmp_path: Path) -> None:
     done = child_with_little_disk(300_000, "train", "--data-dir", data, "--cache-dir", cache, "--out", out, *SMALL)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "cannot be written" in done.stderr
+    assert str(out) in done.stderr
     assert not out.exists()
 
 
@@ -266,7 +266,7 @@ def test_a_full_disk_keeps_the_older_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(files.FastmnistError, match="No space left on device"):
+    with pytest.raises(files.FastmnistError, match=re.escape(f"{path}: ")):
         files.write_bytes(path, b"newer")
     assert path.read_bytes() == b"older"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -287,7 +287,8 @@ def test_a_defect_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(beton, "Beton", broken)
     assert main(["verify", "x"]) == 1
-    assert capsys.readouterr().err == "fastmnist: unexpected ZeroDivisionError: float division (--debug shows where)\n"
+    [line] = capsys.readouterr().err.splitlines()
+    assert all(fact in line for fact in ("ZeroDivisionError: float division", "--debug"))
 
 
 def test_compile_says_what_it_did(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
