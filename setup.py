@@ -29,7 +29,7 @@ setup(
     license="GPL-3.0-only",
     python_requires=">=3.10",
     packages=find_packages(include=["fastmnist", "fastmnist.*"]),
-    package_data={"fastmnist": ["py.typed"], "fastmnist.report": ["*.jinja"]},
+    package_data={"fastmnist": ["py.typed"], "fastmnist.inference": ["*.jinja"], "fastmnist.report": ["*.jinja"]},
     entry_points={"console_scripts": ["fastmnist = fastmnist.cli.main:main"]},
     install_requires=[
         "jinja2>=3.1",

@@ -138,9 +138,9 @@ def predict_command(options: Any) -> int:
 
 
 def export_parser() -> Parser:
-    parser = new_parser("Export a run's model: ONNX, TorchScript or weights, checked against the original.")
+    parser = new_parser("Export a run's model: ONNX or TorchScript, checked against the original.")
     parser.add_argument("run", type=str, help="The run's folder.")
-    parser.add_argument("--format", type=str, default="onnx", help="onnx, torchscript or safetensors.")
+    parser.add_argument("--format", type=str, default="onnx", help="onnx or torchscript.")
     parser.add_argument("--output", type=Optional[str], metavar="FILE", help="File to write; by default in the run.")
     add_data_flags(parser, dataset=False)
     return parser

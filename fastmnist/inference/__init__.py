@@ -1,1 +1,1 @@
-"""What a finished run is good for: predictions, export, demo."""
+"""Uses of a finished run: predictions, export, demo."""

@@ -1,4 +1,4 @@
-"""A run's model for other programs: ONNX, TorchScript or plain weights, checked against the original."""
+"""A run's model for other programs: ONNX or TorchScript, checked against the original on the test set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -20,24 +19,23 @@ from fastmnist.beton.reader import Beton
 from fastmnist.config import flag
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.files import write_bytes
+from fastmnist.inference.predict import open_test_set
 from fastmnist.loader.epochs import check_choice
 from fastmnist.loader.normalise import Normaliser
-from fastmnist.prepare.prepare import prepare
-from fastmnist.training.checkpoint import ModelCard, load_weights
+from fastmnist.training.checkpoint import WEIGHTS, ModelCard, load_weights
 from fastmnist.training.evaluate import EVALUATION_BATCH
-from fastmnist.training.run_folder import RunFolder
 
-Format = Literal["onnx", "torchscript", "safetensors"]
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+Format = Literal["onnx", "torchscript"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".pt"}
 TOLERANCE = 1e-3  # of logits, which are some units large
 OPSET = 17
-NEEDS = {"onnx": ("onnx", "onnxruntime")}
-Runner = Callable[[np.ndarray], np.ndarray]
+
+Logits = Callable[[np.ndarray], np.ndarray]  # (B, C, H, W) float32 pixel values to (B, classes) float32 logits
 
 
 @dataclass(frozen=True)
 class Exported:
-    """images: of the test set that both models saw. largest_difference: between their logits."""
+    """images: size of the test set that both models saw. largest_difference: between their logits."""
 
     path: Path
     format: str
@@ -50,7 +48,7 @@ class Exported:
 
 
 class Classifier(nn.Module):
-    """(B, C, H, W) float32 pixel values 0 to 255 to (B, classes) logits: normalisation and model in one."""
+    """Normalisation and model in one: (B, C, H, W) float32 pixel values 0 to 255 to (B, classes) logits."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -58,9 +56,8 @@ class Classifier(nn.Module):
     def __init__(self, model: nn.Module, card: ModelCard) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        # Buffers, so that they go where the model goes.
         constants = Normaliser(card.mean, card.std)
-        self.register_buffer("mean", constants.mean * 255)
+        self.register_buffer("mean", constants.mean * 255)  # buffers go where the model goes
         self.register_buffer("std", constants.std * 255)
         self.example = torch.zeros(2, card.image_shape[2], *card.image_shape[:2])
         self.eval()
@@ -78,64 +75,59 @@ def export(
     data_dir: str | None = None,
     cache_dir: str | None = None,
 ) -> Exported:
-    """Writes a run's model in another format and holds it against the original on the run's test set.
+    """Writes a run's model in another format and compares it with the original on the run's test set.
 
-    onnx and torchscript take "images", (B, C, H, W) float32 pixel values 0 to 255, B free, and give "logits", (B,
-    classes); normalisation is inside. safetensors holds the weights alone, named and shaped as torchvision's model of
-    that name has them. All carry class names, mean and std (ONNX: metadata; TorchScript: the extra file card.json;
-    safetensors: the header).
+    Input "images": (B, C, H, W) float32 pixel values 0 to 255, B free; normalisation is inside. Output "logits":
+    (B, classes). Class names, mean and std are in ONNX's metadata, or in TorchScript's extra file card.json.
 
     Args:
-        run: the run's folder. output: the file to write; by default model.onnx (.pt, .export.safetensors) in it.
-        data_dir, cache_dir: where the test set is; by default as the run was trained.
+        run: the run's folder.
+        output: the file to write; by default model.onnx or model.pt in the run's folder.
+        data_dir, cache_dir: where the test set is; by default as in the run.
 
     Raises:
-        ConfigError: the format is unknown, or what it needs is not installed. DataError: the run has no weights.
-        FastmnistError: the exported model does not give the same predictions; no file is left.
+        ConfigError: the format is unknown, or a package that it needs is missing.
+        DataError: the run has no weights.
+        FastmnistError: the exported model predicts other classes; no file is left.
     """
-    check_choice("--format", format, get_args(Format))
-    need(*NEEDS.get(format, ()), by=f"--format {format}")
-    folder = RunFolder(Path(run))
-    model, card = load_weights(folder.path)
-    path = Path(output) if output is not None else folder.path / _default_name(format)
-    whole = Classifier(model, card)
+    folder = Path(run)
+    if format == "safetensors":
+        raise ConfigError(
+            f"{flag('format')} safetensors: {WEIGHTS} in the run's folder is that already, with torchvision's names; "
+            f"there are {', '.join(get_args(Format))}"
+        )
+    check_choice(flag("format"), format, get_args(Format))
+    if format == "onnx":
+        require_packages("onnx", "onnxruntime", by="--format onnx")
+    model, card = load_weights(folder)
+    path = Path(output) if output is not None else folder / f"model{SUFFIXES[format]}"
+    original = Classifier(model, card)
     with tempfile.TemporaryDirectory() as scratch, open_test_set(folder, card, data_dir, cache_dir) as test:
         temporary = Path(scratch) / path.name
-        runner = WRITERS[format](whole, card, temporary)
-        images, difference, accuracy = _compare(whole, runner, test, path)
+        exported = WRITERS[format](original, card, temporary)
+        difference, accuracy = _compare(original, exported, test, path)
         write_bytes(path, temporary.read_bytes())
-    return Exported(path, format, images, difference, accuracy)
+        return Exported(path, format, len(test), difference, accuracy)
 
 
-def need(*packages: str, by: str) -> None:
-    """Raises ConfigError unless all of the optional packages can be imported; `by` is what needs them."""
-    for name in packages:
+def require_packages(*names: str, by: str) -> None:
+    """Raises ConfigError unless all of the optional packages can be imported; `by` is the flag that needs them."""
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise ConfigError(f"{by} needs the package {name} ({error}): pip install 'fastmnist[export]'") from error
 
 
-def open_test_set(folder: RunFolder, card: ModelCard, data_dir: str | None, cache_dir: str | None) -> Beton:
-    """The compiled test set that the run was evaluated on; raises DataError where it cannot be had."""
-    config = folder.read_config()
-    prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
-    return Beton(prepared.test)
-
-
-def _default_name(format: Format) -> str:
-    return f"model{'.export' if format == 'safetensors' else ''}{SUFFIXES[format]}"
-
-
-def write_onnx(whole: Classifier, card: ModelCard, path: Path) -> Runner:
-    """Writes and checks the file; needs `onnx` and `onnxruntime`."""
+def write_onnx(classifier: Classifier, card: ModelCard, path: Path) -> Logits:
+    """Writes and checks the file, then opens it; needs `onnx` and `onnxruntime`."""
     import onnx
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that needs no further package is called old
+        warnings.simplefilter("ignore")  # torch deprecates this exporter, the one that needs no further package
         torch.onnx.export(
-            whole,
-            (whole.example,),
+            classifier,
+            (classifier.example,),
             str(path),
             input_names=["images"],
             output_names=["logits"],
@@ -150,74 +142,64 @@ def write_onnx(whole: Classifier, card: ModelCard, path: Path) -> Runner:
     return open_onnx(path)
 
 
-def open_onnx(path: Path) -> Runner:
-    """(B, C, H, W) float32 pixel values to (B, classes) float32 logits, computed by onnxruntime on the CPU."""
+def open_onnx(path: Path) -> Logits:
+    """The model in onnxruntime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def run(images: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = session.run(["logits"], {"images": images})[0]
-        return logits
+    def logits(images: np.ndarray) -> np.ndarray:
+        values: np.ndarray = session.run(["logits"], {"images": images})[0]
+        return values
 
-    return run
+    return logits
 
 
-def _torchscript(whole: Classifier, card: ModelCard, path: Path) -> Runner:
+def _write_torchscript(classifier: Classifier, card: ModelCard, path: Path) -> Logits:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch advises torch.export; programs in C++ read this
-        traced = torch.jit.freeze(torch.jit.trace(whole, whole.example))
+        warnings.simplefilter("ignore")  # torch advises torch.export, which programs in C++ cannot read
+        traced = torch.jit.freeze(torch.jit.trace(classifier, classifier.example))
         torch.jit.save(traced, str(path), _extra_files={"card.json": json.dumps(asdict(card))})
-        return _module(torch.jit.load(str(path)))
+        return _logits_of(torch.jit.load(str(path)))
 
 
-def _safetensors(whole: Classifier, card: ModelCard, path: Path) -> Runner:
-    weights = {name: tensor.contiguous() for name, tensor in whole.model.state_dict().items()}
-    safetensors.torch.save_file(weights, path, {"fastmnist": json.dumps(asdict(card))})
-    other = card.build()
-    other.load_state_dict(safetensors.torch.load_file(path))
-    return _module(Classifier(other, card))
-
-
-WRITERS: dict[str, Callable[[Classifier, ModelCard, Path], Runner]] = {
+WRITERS: dict[Format, Callable[[Classifier, ModelCard, Path], Logits]] = {
     "onnx": write_onnx,
-    "torchscript": _torchscript,
-    "safetensors": _safetensors,
+    "torchscript": _write_torchscript,
 }
 
 
-def _module(module: Any) -> Runner:
-    """The same for a torch module."""
-
-    def run(images: np.ndarray) -> np.ndarray:
+def _logits_of(module: Any) -> Logits:
+    def logits(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            logits: np.ndarray = module(torch.from_numpy(images)).numpy()
-        return logits
+            values: np.ndarray = module(torch.from_numpy(images)).numpy()
+        return values
 
-    return run
+    return logits
 
 
-def _compare(whole: Classifier, runner: Runner, test: Beton, path: Path) -> tuple[int, float, float]:
-    """(images, largest difference of logits, accuracy of the exported model)."""
+def _compare(original: Classifier, exported: Logits, test: Beton, path: Path) -> tuple[float, float]:
+    """(largest difference of logits, accuracy of the exported model)."""
     difference, right = 0.0, 0
-    for rows, expected, found in both(whole, runner, test):
-        difference = max(difference, float(np.abs(expected - found).max()))
-        other = int((expected.argmax(1) != found.argmax(1)).sum())
-        if other or difference > TOLERANCE:
+    for rows, expected, actual in logits_of_both(original, exported, test):
+        difference = max(difference, float(np.abs(expected - actual).max()))
+        changed = int((expected.argmax(1) != actual.argmax(1)).sum())
+        if changed or difference > TOLERANCE:
             raise FastmnistError(
-                f"{path}: the exported model differs from the original on the test set: {other} other predictions "
+                f"{path}: the exported model differs from the original on the test set: {changed} other predictions "
                 f"among images {rows[0]} to {rows[-1]}, logits off by up to {difference:.2g} (allowed {TOLERANCE}); "
                 f"it was not kept, try another {flag('format')}"
             )
-        right += int((found.argmax(1) == test.labels[rows]).sum())
-    return len(test), difference, right / len(test)
+        right += int((actual.argmax(1) == test.labels[rows]).sum())
+    return difference, right / len(test)
 
 
-def both(whole: Classifier, other: Runner, test: Beton) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(rows, (B, classes) logits of the original, those of the other) for the test set, batch by batch."""
-    original = _module(whole)
+def logits_of_both(
+    original: Classifier, exported: Logits, test: Beton
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(rows (B,), original's logits (B, classes), the exported model's) over the test set, batch by batch."""
+    expected = _logits_of(original)
     for start in range(0, len(test), EVALUATION_BATCH):
         rows = np.arange(start, min(start + EVALUATION_BATCH, len(test)))
-        images = test.images(rows).astype(np.float32).reshape(len(rows), *test.image_shape)
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        yield rows, original(images), other(images)
+        images = np.ascontiguousarray(test.images(rows).transpose(0, 3, 1, 2), np.float32)
+        yield rows, expected(images), exported(images)

@@ -1,9 +1,10 @@
-"""Any picture of one character in, a picture like those of MNIST out.
+"""Normalisation of a picture of one character to the form of MNIST's images.
 
-The recipe is the one that Y. LeCun, C. Cortes and C. Burges give on the page of the MNIST database: keep the
-aspect ratio, fit the character into a 20x20 box with anti-aliasing, then put its centre of mass in the centre
-of the 28x28 field.
+The recipe is that of the MNIST database (Y. LeCun, C. Cortes, C. Burges): keep the aspect ratio, fit the character
+into a 20x20 box with anti-aliasing, then put its centre of mass in the centre of the 28x28 field.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -21,25 +22,29 @@ from fastmnist.errors import FastmnistError
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-MOST_PIXELS = 50_000_000  # as many as a phone's photo has; they are counted before anything is decoded
-WORKING_SIDE = 1024  # pixels; a longer side is shrunk first, so that a phone's photo costs little
-LEAST_CONTRAST = 20.0  # of 255; weaker marks than this are paper grain or JPEG artefacts
-EDGE = 0.25  # of full ink; the character's box ends here, so soft upscaling does not widen it
+MAX_PIXELS = 50_000_000  # a phone's photo has as many; checked before anything is decoded
+WORKING_SIDE = 1024  # pixels; a larger picture is shrunk to it first, for speed
+MIN_CONTRAST = 20.0  # of 255; weaker marks are paper grain or JPEG artefacts
+EDGE = 0.25  # of full ink; the character's box ends here, so that soft edges do not widen it
 CUT = 0.08  # of full ink; weaker values are background
 SPECK = 0.01  # of the largest mark's area; a smaller mark is dust and does not widen the box
-LEAST_STROKE = 1.5 / 20  # of the character's longer side; MNIST's thin strokes, below which 28 pixels show too little
+MIN_STROKE = 1.5 / 20  # width over the character's longer side; thinner strokes would fade at 28 pixels
 WHITES = (255.0, 1023.0, 4095.0, 65535.0)  # the top of 8, 10, 12 and 16 bits
 BOX_SHARE = 20 / 28  # side of the box that holds the character over the side of the field
 
 
 def mnist_like(picture: Image.Image, size: int = 28) -> npt.NDArray[np.uint8]:
-    """Normalise a picture of one character as MNIST was made.
+    """Normalises a picture of one character as MNIST's images were made.
 
-    Takes any size and mode, dark strokes on light or light strokes on dark. EXIF orientation is followed and
-    transparent areas count as background.
+    >>> picture = Image.new("RGB", (200, 300), "white")
+    >>> picture.paste("navy", (90, 50, 110, 250))  # a stroke of 20x200
+    >>> image = mnist_like(picture)  # (28, 28) uint8
+    >>> np.argwhere(image).min(0), np.argwhere(image).max(0)
+    (array([ 4, 14]), array([23, 15]))
 
     Args:
-        picture: a Pillow picture; it is not changed.
+        picture: of any size and mode, dark on light or light on dark; transparent areas count as background. It is not
+            changed.
         size: side of the result in pixels, at least 1. The character's box is 20/28 of it.
 
     Returns:
@@ -53,12 +58,12 @@ def mnist_like(picture: Image.Image, size: int = 28) -> npt.NDArray[np.uint8]:
         raise ValueError(f"size must be at least 1, not {size}")
     if 0 in picture.size:
         raise FastmnistError(f"The picture has no pixels ({picture.width}x{picture.height}). Use another one.")
-    ink = _ink(ImageOps.exif_transpose(picture))
+    ink = _ink(_upright(picture))
     return _centred(_fitted(ink, max(1, round(size * BOX_SHARE))), size)
 
 
 def read_picture(path: str | os.PathLike[str], size: int = 28) -> npt.NDArray[np.uint8]:
-    """Open an image file and normalise it with `mnist_like`.
+    """Opens an image file and normalises it with `mnist_like`.
 
     Args:
         path: a file in any format that Pillow reads; of several frames the first is used.
@@ -81,23 +86,24 @@ def read_picture(path: str | os.PathLike[str], size: int = 28) -> npt.NDArray[np
 
 
 def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
-    """Decode an image, turned as its EXIF orientation says.
+    """Decodes an image and turns it upright by its EXIF orientation.
 
     Args:
         file: in any format that Pillow reads; of several frames the first is used.
-        name: what errors call it.
+        name: of the image, in error messages.
 
     Raises:
-        FastmnistError: the file is missing, no image, damaged, or has more than MOST_PIXELS pixels.
+        FastmnistError: the file is missing, no image, damaged, or has more than MAX_PIXELS pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does not matter here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as picture:  # reads the header alone
-                if picture.width * picture.height > MOST_PIXELS:
+                if picture.width * picture.height > MAX_PIXELS:
                     raise _too_large(name)
-                return ImageOps.exif_transpose(picture)  # this also decodes the pixels
+                picture.load()
+                return _upright(picture)
     except FastmnistError:
         raise
     except FileNotFoundError:
@@ -108,35 +114,43 @@ def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
         raise FastmnistError(f"{name} is not an image that can be read. Save it as PNG or JPEG.") from None
     except PermissionError:
         raise FastmnistError(f"{name} may not be read. Change its permissions or copy it.") from None
-    except Exception as error:  # Pillow's decoders have no common error, and nothing but them runs here
+    except Exception as error:  # Pillow's decoders raise all kinds, and nothing else runs here
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FastmnistError(f"{name} is damaged or cut short ({reason}). Save or copy it again.") from error
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned by its EXIF orientation; damaged EXIF counts as none."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow's parser raises all kinds
+        return picture.copy()
+
+
 def _ink(picture: Image.Image) -> Floats:
-    """How much ink lies on each pixel: (H, W) float64, 0 for background to 1 for a full stroke."""
+    """Ink on each pixel: (H, W) float64, 0 for background to 1 for a full stroke."""
     colours, alpha = _planes(picture)
     if alpha is not None and not (alpha >= 0.5).any():
         raise _blank()
     if alpha is not None:
         if _strokes_only(colours, alpha):
             return np.where(alpha < CUT, 0.0, alpha)
-        # The opaque part brings its own paper: carry its usual colour on under the transparent part.
+        # The opaque part brings its own paper: its median colour continues under the transparent part.
         paper = np.median(colours[alpha >= 0.5], axis=0)
         colours = paper + (colours - paper) * alpha[..., None]
 
     difference = colours - _background(colours)
     distance = np.sqrt(np.mean(difference**2, axis=2))
     contrast = float(distance.max())
-    if contrast < LEAST_CONTRAST:
+    if contrast < MIN_CONTRAST:
         raise _blank()
-    # Measure along the way from paper to ink. It undoes the mixing at soft edges whatever the two colours,
-    # and noise across that way or beyond the paper's colour drops out.
+    # The projection on the direction from paper to ink undoes the mixing at soft edges, whatever the two colours, and
+    # drops noise across that direction.
     strokes = distance > contrast / 2
-    way = difference[strokes].mean(axis=0)
-    along = difference @ way
+    direction = difference[strokes].mean(axis=0)
+    along = difference @ direction
     full = float(np.percentile(along[strokes], 75))
-    if full <= 0:  # strokes of opposite colours cancel out: fall back on the plain distance
+    if full <= 0:  # strokes of opposite colours cancel out: the plain distance must do
         along, full = distance, contrast
     ink = np.clip(along / full, 0.0, 1.0)
     return np.where(ink < CUT, 0.0, ink)
@@ -146,7 +160,7 @@ def _planes(picture: Image.Image) -> tuple[Floats, Floats | None]:
     """Colours (H, W, 1 or 3) in 0..255 and alpha (H, W) in 0..1, or None where nothing is transparent."""
     if picture.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.array(picture, dtype=np.float32), copy=False, posinf=0.0, neginf=0.0)
-        # These modes do not say what white is: take the smallest usual range that holds the values.
+        # These modes do not define white: the smallest usual range that holds the values.
         top = float(max(grey.max(), -grey.min()))
         whites = (1.0, *WHITES) if picture.mode.startswith("F") else WHITES
         white = next((usual for usual in whites if top <= usual), top)
@@ -155,7 +169,7 @@ def _planes(picture: Image.Image) -> tuple[Floats, Floats | None]:
         return np.asarray(_shrunk(picture), dtype=np.float64)[..., None], None
     try:
         if picture.has_transparency_data:
-            # Pillow weighs colours by alpha when it resizes RGBA, so hidden colours do not leak out.
+            # Pillow weights colours by alpha when it resizes RGBA, so that hidden colours do not leak out.
             planes = np.asarray(_shrunk(picture.convert("RGBA")), dtype=np.float64)
             alpha = planes[..., 3] / 255
             return planes[..., :3], alpha if alpha.min() < 1 else None
@@ -176,24 +190,21 @@ def _shrunk(picture: Image.Image) -> Image.Image:
 
 
 def _strokes_only(colours: Floats, alpha: Floats) -> bool:
-    """Whether the opaque part is the strokes alone (a drawing on glass), not a piece of paper with strokes.
+    """Whether the opaque part is strokes alone (a drawing on glass), not a piece of paper with strokes.
 
-    Paper fills most of the box around it and holds two tones; strokes leave gaps or have one tone.
+    Paper fills most of its bounding box and has two tones; strokes leave gaps or have one tone.
     """
     opaque = alpha >= 0.5
-    rows, columns = np.flatnonzero(opaque.any(axis=1)), np.flatnonzero(opaque.any(axis=0))
-    box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
     low, high = np.percentile(colours[opaque].mean(axis=1), (1, 99))
-    return bool(opaque.sum() < 0.6 * box or high - low < 2 * LEAST_CONTRAST)
+    return bool(opaque[_bounding_box(opaque)].mean() < 0.6 or high - low < 2 * MIN_CONTRAST)
 
 
 def _background(colours: Floats) -> Floats:
-    """The paper's colour at every pixel, (H, W, channels): the level and its slope across the picture.
+    """The paper's colour at every pixel, (H, W, channels): a level and its slope across the picture.
 
-    Light on dark or dark on light is never asked. All pixels are split into two tones along the direction in
-    which their colours vary most. The paper is the tone that has more of the border and of the whole area,
-    the two shares added: strokes cover little of either, and a tightly cropped bold character that covers
-    much of one seldom covers much of the other.
+    Pixels split into two tones along the first principal component of their colours. The paper is the tone with the
+    larger share of the border and of the area, added: strokes cover little of either, and a tightly cropped bold
+    character that covers much of one seldom covers much of the other.
     """
     height, width, channels = colours.shape
     flat = colours.reshape(-1, channels)
@@ -209,7 +220,7 @@ def _background(colours: Floats) -> Floats:
         paper = ~paper
     level = np.median(colours[paper], axis=0)
 
-    # A mild shadow: fit a plane to the pixels near the level, which leaves out the soft edges of strokes.
+    # A mild shadow is a plane through the pixels near the level, which leaves out the soft edges of strokes.
     distance = np.abs(colours - level).max(axis=2)
     near = distance <= max(2.0, float(distance.max()) / 4)
     rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
@@ -220,7 +231,7 @@ def _background(colours: Floats) -> Floats:
 
 
 def _split(tone: Floats) -> float:
-    """The level that parts the values into two groups with the most variance between them (N. Otsu, 1979)."""
+    """Otsu's threshold: the level with the most variance between the two groups (N. Otsu, 1979)."""
     counts, edges = np.histogram(tone, bins=256)
     middles = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
@@ -235,10 +246,9 @@ def _split(tone: Floats) -> float:
 def _fitted(ink: Floats, box: int) -> Floats:
     """The character cut out and scaled so that its longer side is `box` pixels, aspect ratio kept."""
     strokes = _without_specks(ink > EDGE)
-    rows, columns = np.flatnonzero(strokes.any(axis=1)), np.flatnonzero(strokes.any(axis=0))
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    window = _bounding_box(strokes)
     cut, strokes = ink[window], strokes[window]
-    growth = (LEAST_STROKE * max(cut.shape) - _width(strokes)) / 2
+    growth = (MIN_STROKE * max(cut.shape) - _width(strokes)) / 2
     if growth > 0:  # shrunk as they are, thin strokes would fade or vanish
         room = math.ceil(growth)
         distance = ndimage.distance_transform_edt(~np.pad(strokes, room))
@@ -249,8 +259,13 @@ def _fitted(ink: Floats, box: int) -> Floats:
     return np.clip(np.asarray(small, dtype=np.float64), 0.0, 1.0)
 
 
+def _bounding_box(marked: Mask) -> tuple[slice, slice]:
+    box: tuple[slice, slice] = ndimage.find_objects(marked.astype(np.uint8))[0]
+    return box
+
+
 def _without_specks(marked: Mask) -> Mask:
-    """The marks of at least SPECK of the largest one's area; pieces at most two pixels apart are one broken stroke."""
+    """Drops marks below SPECK of the largest one's area; pieces at most two pixels apart are one mark."""
     around = np.ones((3, 3))
     marks, _ = ndimage.label(ndimage.binary_dilation(marked, around), around)
     areas = np.bincount(marks[marked])
@@ -259,35 +274,30 @@ def _without_specks(marked: Mask) -> Mask:
 
 
 def _width(strokes: Mask) -> float:
-    """Width of the strokes in pixels, from how deep their pixels lie; rough edges and small holes change it little."""
+    """Width of the strokes in pixels, from the depth of their pixels: robust to rough edges and small holes."""
     depths = ndimage.distance_transform_edt(np.pad(strokes, 1))
     return 2 * float(np.percentile(depths[depths > 0], 90, method="lower")) - 1
 
 
 def _centred(character: Floats, size: int) -> npt.NDArray[np.uint8]:
-    """The character on a black field, moved by whole pixels until its centre of mass is in the centre.
+    """The character on a black field, moved by whole pixels so that its centre of mass is in the centre.
 
-    In the original files the centre of mass lies, to within half a pixel, in the middle of pixel 14 (from 0)
-    in both directions: half a pixel below and to the right of the field's geometric centre.
+    The centre is the middle of pixel 14 (from 0), half a pixel below and to the right of the field's geometric centre:
+    there MNIST's own files have it, to within half a pixel.
     """
-    centre = size // 2 + 0.5
     field = np.zeros((size, size), dtype=np.uint8)
-    corner = []
-    for axis in (0, 1):
-        side = character.shape[axis]
-        weights = character.sum(axis=1 - axis)
-        mass_centre = float(weights @ (np.arange(side) + 0.5) / weights.sum())
-        # Never push a stroke over the edge of the field.
-        corner.append(min(max(round(centre - mass_centre), 0), size - side))
-    top, left = corner
     height, width = character.shape
+    row, column = ndimage.center_of_mass(character)
+    # No stroke is pushed over the field's edge.
+    top = min(max(round(size // 2 - row), 0), size - height)
+    left = min(max(round(size // 2 - column), 0), size - width)
     field[top : top + height, left : left + width] = np.rint(character * 255)
     return field
 
 
 def _too_large(name: str) -> FastmnistError:
     return FastmnistError(
-        f"{name} has too many pixels (over {MOST_PIXELS:,}). Make it smaller or crop it to the character."
+        f"{name} has too many pixels (over {MAX_PIXELS:,}). Make it smaller or crop it to the character."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a finished run is good for: evaluation on its test set, and predictions for pictures."""
+"""A finished run's model: its accuracy on the test set, and predictions for pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, DataError
@@ -16,14 +17,21 @@ from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.prepare.prepare import prepare
 from fastmnist.system.machine import choose_device
-from fastmnist.training.checkpoint import load_weights
+from fastmnist.training.checkpoint import ModelCard, load_weights
 from fastmnist.training.evaluate import EVALUATION_BATCH, Evaluation, evaluate_model
 from fastmnist.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """probabilities: one per class name, in their order."""
+    """probabilities: (classes,) float32, in the order of the class names.
+
+    >>> prediction = Prediction(Path("seven.png"), "0123456789", np.eye(10)[7])
+    >>> prediction.label
+    '7'
+    >>> prediction.ranked()[0]
+    ('7', 1.0)
+    """
 
     path: Path
     class_names: Sequence[str]
@@ -39,57 +47,92 @@ class Prediction:
         return [(self.class_names[i], float(self.probabilities[i])) for i in order]
 
 
+class PictureModel:
+    """A run's model for pictures of one character, on the CPU.
+
+    Attributes:
+        size: side in pixels of the images that it takes.
+
+    Raises:
+        DataError: the folder holds no weights.
+        ConfigError: the model does not take square grey images.
+    """
+
+    model: nn.Module
+    card: ModelCard
+
+    def __init__(self, run: Path) -> None:
+        self.model, self.card = load_weights(run)
+        height, width, channels = self.card.image_shape
+        if channels != 1 or height != width:
+            raise ConfigError(
+                f"{run}: predict and demo take models of square grey images, this one was trained on "
+                f"{tuple(self.card.image_shape)}"
+            )
+        self.size = height
+        self._normalise = Normaliser(self.card.mean, self.card.std)
+
+    @torch.inference_mode()
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """(n, size, size) uint8 to (n, classes) float32."""
+        batch = torch.from_numpy(images).view(-1, 1, self.size, self.size)
+        probabilities: np.ndarray = self.model(self._normalise(batch)).softmax(1).numpy()
+        return probabilities
+
+
+def predict(run: str | Path, pictures: Sequence[str | Path]) -> list[Prediction]:
+    """Predicts what is on pictures of any size, in colour or grey, dark on light or light on dark.
+
+    Raises:
+        ConfigError: no picture is named, or the model does not take square grey images.
+        DataError: the folder holds no weights.
+        FastmnistError: a picture cannot be read, or is blank.
+    """
+    paths = [Path(picture) for picture in pictures]
+    if not paths:
+        raise ConfigError("predict takes at least one picture: name an image file")
+    model = PictureModel(Path(run))
+    probabilities = model.probabilities(np.stack([read_picture(path, model.size) for path in paths]))
+    return [Prediction(path, model.card.class_names, row) for path, row in zip(paths, probabilities, strict=True)]
+
+
 def evaluate(
     run: str | Path, *, data_dir: str | None = None, cache_dir: str | None = None, device: str = "auto"
 ) -> tuple[Evaluation, Sequence[str]]:
-    """The run's model on the test set of the data that it was trained on, in float32.
+    """Evaluates the run's model on the test set that belongs to its training set, in float32.
 
     Args:
         run: the run's folder.
-        data_dir, cache_dir: as in training; by default those that the run was trained with.
+        data_dir, cache_dir: as in training; by default those of the run.
         device: "auto", "cpu", "cuda".
 
     Returns:
         The evaluation and the class names.
 
     Raises:
-        DataError: the folder holds no weights, or the test set is not the one that belongs to them.
+        DataError: the folder holds no weights, or the test set does not belong to them.
     """
-    folder = RunFolder(Path(run))
-    model, card = load_weights(folder.path)
-    config = folder.read_config()
-    prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
+    model, card = load_weights(Path(run))
     chosen = choose_device(device)
-    with Beton(prepared.test) as file:
-        if file.class_names != tuple(card.class_names) or file.image_shape != tuple(card.image_shape):
-            raise DataError(
-                f"{prepared.test}: has {len(file.class_names)} classes and images of {file.image_shape}; the model in "
-                f"{folder.path} was trained on {len(card.class_names)} classes and {tuple(card.image_shape)}"
-            )
+    with open_test_set(Path(run), card, data_dir, cache_dir) as file:
         loader = Loader(file, EVALUATION_BATCH, shuffle=False, device=chosen, rank=0, world_size=1)
         result = evaluate_model(model.to(chosen), loader, tuple(card.mean), tuple(card.std))
     return result, card.class_names
 
 
-@torch.inference_mode()
-def predict(run: str | Path, pictures: Sequence[str | Path]) -> list[Prediction]:
-    """What the run's model sees in pictures of any size, in colour or grey, dark on light or light on dark.
+def open_test_set(run: Path, card: ModelCard, data_dir: str | None, cache_dir: str | None) -> Beton:
+    """The test set of the data that the run was trained on; the folders are by default those of the run.
 
     Raises:
-        ConfigError: no picture is named, or the model does not take square grey images. DataError: the folder holds no
-        weights. FastmnistError: a picture cannot be read, or nothing is on it.
+        DataError: it cannot be had, or has other classes or another image shape than the model.
     """
-    paths = [Path(picture) for picture in pictures]
-    if not paths:
-        raise ConfigError("predict takes at least one picture: name an image file")
-    model, card = load_weights(Path(run))
-    height, width, channels = card.image_shape
-    if channels != 1 or height != width:
-        raise ConfigError(
-            f"{run}: predict takes models of square grey images, this one was trained on {card.image_shape}"
+    config = RunFolder(run).read_config()
+    prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
+    file = Beton(prepared.test)
+    if file.class_names != tuple(card.class_names) or file.image_shape != tuple(card.image_shape):
+        file.close()
+        raise DataError(
+            f"{prepared.test}: has {len(file.class_names)} classes and images of {file.image_shape}; the model in "
+            f"{run} was trained on {len(card.class_names)} classes and {tuple(card.image_shape)}"
         )
-    images = np.stack([read_picture(path, height) for path in paths])
-    batch = torch.from_numpy(images).view(-1, 1, height, width)
-    values = Normaliser(card.mean, card.std)(batch)
-    probabilities = model(values).softmax(1).numpy()
-    return [Prediction(path, card.class_names, row) for path, row in zip(paths, probabilities, strict=True)]
+    return file

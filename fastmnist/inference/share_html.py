@@ -1,4 +1,4 @@
-"""The demo as one HTML file, which holds the model and what runs it, and asks nobody."""
+"""The demo as one HTML file: the page, the model, and onnxruntime-web; it needs no server and no network."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import nn
 
 from fastmnist.errors import FastmnistError
 from fastmnist.files import replacing
-from fastmnist.inference.demo import load_for_drawings, render
-from fastmnist.inference.export import Classifier, both, need, open_onnx, open_test_set, write_onnx
+from fastmnist.inference.demo import render_page
+from fastmnist.inference.export import Classifier, logits_of_both, open_onnx, require_packages, write_onnx
 from fastmnist.inference.onnxruntime_web import load_runtime
+from fastmnist.inference.predict import PictureModel, open_test_set
 from fastmnist.training.checkpoint import ModelCard
 from fastmnist.training.live_taps import use_live_taps
-from fastmnist.training.run_folder import RunFolder
 
 TOLERANCE = 0.01  # of probabilities: the page shows per cent
-LEAST_HALVED = 256  # numbers in a tensor; smaller ones (biases) are left as they are
+MIN_HALVED = 256  # numbers in a tensor that becomes 16-bit; smaller ones (biases) stay as they are
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'wasm-unsafe-eval' data:"
 
 
 @dataclass(frozen=True)
 class Shared:
-    """images: of the test set that page and original saw. largest_difference: between their probabilities."""
+    """images: size of the test set that page and original saw. largest_difference: between their probabilities."""
 
     path: Path
     bytes: int
@@ -46,51 +46,53 @@ def share_html(
 ) -> Shared:
     """Writes the page; it opens from a disk or any server, in browsers with DecompressionStream (tested: Chromium).
 
-    The model is the run's with its larger weights as 16-bit floats and dead taps zero, which packs a ResNet-18 to a
+    Its model is the run's with the larger weights as 16-bit floats and dead taps zero, so that a ResNet-18 packs to a
     fifth of its bytes.
 
     Args:
-        run: the run's folder. output: the HTML file.
-        runtime: folder with onnxruntime-web's dist files; by default they are fetched once with npm.
-        data_dir, cache_dir: where the test set is; by default as the run was trained.
+        run: the run's folder.
+        output: the HTML file.
+        runtime: folder with onnxruntime-web's dist files; by default npm fetches them once.
+        data_dir, cache_dir: where the test set is; by default as in the run.
 
     Raises:
         ConfigError: onnx, onnxruntime or npm is missing, or the model does not take square grey images.
-        DataError: the run has no weights. FastmnistError: the page's model would see other things than the original.
+        DataError: the run has no weights.
+        FastmnistError: the page's model differs from the original.
     """
-    need("onnx", "onnxruntime", by="--share-html")
-    folder, path = RunFolder(Path(run)), Path(output)
-    model, card = load_for_drawings(folder.path)
-    found = load_runtime(runtime)
+    require_packages("onnx", "onnxruntime", by="--share-html")
+    path, picture_model = Path(output), PictureModel(Path(run))
+    model, card = picture_model.model, picture_model.card
+    web = load_runtime(runtime)
     original = Classifier(model, card)
     lean = Classifier(_without_dead_taps(model, card), card)
-    with tempfile.TemporaryDirectory() as scratch, open_test_set(folder, card, data_dir, cache_dir) as test:
+    with tempfile.TemporaryDirectory() as scratch, open_test_set(Path(run), card, data_dir, cache_dir) as test:
         written = Path(scratch) / "model.onnx"
         write_onnx(lean, card, written)
         _halve(written)
         difference = 0.0
-        for _, expected, got in both(original, open_onnx(written), test):
-            difference = max(difference, float(np.abs(softmax(expected, 1) - softmax(got, 1)).max()))
+        for _, expected, actual in logits_of_both(original, open_onnx(written), test):
+            difference = max(difference, float(np.abs(softmax(expected, 1) - softmax(actual, 1)).max()))
         if not difference <= TOLERANCE:
             raise FastmnistError(
                 f"{path}: with 16-bit weights the probabilities differ by up to {difference:.2g} from the original's "
                 f"on the test set (allowed {TOLERANCE}), so it was not written; fastmnist demo shows the original"
             )
         shared = {
-            "runtime": found.script,
-            "glue": base64.b64encode(found.glue).decode(),
-            "wasm": _packed(found.wasm),
+            "runtime": web.script,
+            "glue": base64.b64encode(web.glue).decode(),
+            "wasm": _packed(web.wasm),
             "model": _packed(written.read_bytes()),
         }
         images = len(test)
-    content = render("demo_page.js.jinja", card, shared=shared, policy=POLICY)
+    content = render_page(card, "demo_page.js.jinja", shared=shared, policy=POLICY)
     with replacing(path, "name another file with --share-html") as file:
         file.write(content)
     return Shared(path, len(content), images, difference)
 
 
 def _without_dead_taps(model: nn.Module, card: ModelCard) -> nn.Module:
-    """The same function: taps that only ever meet padding are zero, which packs to nothing."""
+    """The same function, with zeros for the taps that only ever meet padding: they pack to nothing."""
     live, whole = card.build(), card.build()
     live.load_state_dict(model.state_dict())
     height, width, channels = card.image_shape
@@ -111,7 +113,7 @@ def _halve(path: Path) -> None:
     casts = []
     for tensor in model.graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < LEAST_HALVED:
+        if values.dtype != np.float32 or values.size < MIN_HALVED:
             continue
         name, half = tensor.name, f"{tensor.name}.half"
         tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), half))

@@ -1,4 +1,4 @@
-"""The demo's page and server: what it answers, what it refuses, and a stroke drawn in a real browser."""
+"""The demo's page and server, and a stroke drawn in a real browser."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fastmnist.cli.main import main
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference import demo
-from fastmnist.inference.demo import MOST_BYTES, latest_run, page, serving
-from fastmnist.inference.picture import MOST_PIXELS, mnist_like
+from fastmnist.inference.demo import MAX_BYTES, latest_run, render_page, serving
+from fastmnist.inference.picture import MAX_PIXELS, mnist_like
 from fastmnist.inference.predict import predict
 from fastmnist.prepare.prepare import beton_path, cache_folder
 from fastmnist.runs.train import train
@@ -73,21 +73,21 @@ def ask(
         connection.close()
 
 
-def test_it_answers_as_predict_does(address: str, run: Path, drawings: list[Path]) -> None:
+def test_answers_equal_predict(address: str, run: Path, drawings: list[Path]) -> None:
     for expected in predict(run, drawings):
         status, _, content = ask(address, "/predict", expected.path.read_bytes())
-        found = json.loads(content)
+        reading = json.loads(content)
         assert status == 200
-        np.testing.assert_allclose(found["probabilities"], expected.probabilities, atol=1e-5)
-        assert np.array(found["image"]).shape == (28, 28)
+        np.testing.assert_allclose(reading["probabilities"], expected.probabilities, atol=1e-5)
+        assert np.array(reading["image"]).shape == (28, 28)
 
 
 def test_predict_without_pictures(run: Path) -> None:
-    with pytest.raises(ConfigError, match="at least one picture"):
+    with pytest.raises(ConfigError):
         predict(run, [])
 
 
-def test_the_page_asks_nobody_else(address: str) -> None:
+def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
     status, headers, content = ask(address, "/")
     text = content.decode()
     assert status == 200
@@ -98,36 +98,36 @@ def test_the_page_asks_nobody_else(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "headers", "status", "says"),
+    ("path", "body", "headers", "status"),
     [
-        ("/other", None, {}, 404, "there is / and /predict"),
-        ("/", None, {"Host": "example.org:80"}, 403, "another name"),
-        ("/", None, {"Host": "localhost.example.org"}, 403, "another name"),
-        ("/", None, {"Host": ""}, 403, "another name"),
-        ("/", None, {"Origin": "http://example.org"}, 403, "another site"),
-        ("/predict", b"x", {"Origin": "http://example.org"}, 403, "another site"),
-        ("/predict", b"x", {"Origin": "null"}, 403, "another site"),
-        ("/predict", b"x", {"Origin": "http://127.0.0.1:1"}, 403, "another site"),
-        ("/predict", b"no picture", {}, 422, "not an image"),
-        ("/predict", b"", {}, 400, "Content-Length must be 1 to"),
-        ("/predict", b"x", {"Content-Length": "-1"}, 400, "Content-Length must be 1 to"),
-        ("/predict", b"x", {"Content-Length": "\u00b2"}, 400, "Content-Length must be 1 to"),
-        ("/predict", b"x", {"Content-Length": str(MOST_BYTES + 1)}, 413, "a drawing has 1 to"),
-        ("/predict", b"x", {"Content-Length": "9" * 5000}, 413, "a drawing has 1 to"),
-        ("/predict", iter([b"x"]), {"Transfer-Encoding": "chunked"}, 411, "Content-Length is missing"),
+        ("/other", None, {}, 404),
+        ("/", None, {"Host": "example.org:80"}, 403),
+        ("/", None, {"Host": "localhost.example.org"}, 403),
+        ("/", None, {"Host": ""}, 403),
+        ("/", None, {"Origin": "http://example.org"}, 403),
+        ("/predict", b"x", {"Origin": "http://example.org"}, 403),
+        ("/predict", b"x", {"Origin": "null"}, 403),
+        ("/predict", b"x", {"Origin": "http://127.0.0.1:1"}, 403),
+        ("/predict", b"no picture", {}, 422),
+        ("/predict", b"", {}, 400),
+        ("/predict", b"x", {"Content-Length": "-1"}, 400),
+        ("/predict", b"x", {"Content-Length": "\u00b2"}, 400),
+        ("/predict", b"x", {"Content-Length": str(MAX_BYTES + 1)}, 413),
+        ("/predict", b"x", {"Content-Length": "9" * 5000}, 413),
+        ("/predict", iter([b"x"]), {"Transfer-Encoding": "chunked"}, 411),
     ],
 )
-def test_what_it_refuses(
+def test_refused_requests(
     address: str,
     capfd: pytest.CaptureFixture[str],
     path: str,
     body: bytes | Iterator[bytes] | None,
     headers: dict[str, str],
     status: int,
-    says: str,
 ) -> None:
-    found, _, content = ask(address, path, body, headers)
-    assert (found, says in json.loads(content)["error"]) == (status, True)
+    answered, _, content = ask(address, path, body, headers)
+    assert answered == status
+    assert json.loads(content).keys() == {"error"}
     assert capfd.readouterr().err == ""
 
 
@@ -158,16 +158,17 @@ def test_a_proxy_may_ask_under_another_name(run: Path) -> None:
         assert ask(address, "/predict", png(), headers)[0] == 200
 
 
-def test_pictures_that_are_damaged_or_too_large(address: str, capfd: pytest.CaptureFixture[str]) -> None:
-    for drawing, says in ((png()[:-40], "damaged"), (b"P5 %d 1 255\n" % (MOST_PIXELS + 1), "too many pixels")):
-        status, _, content = ask(address, "/predict", drawing)
-        assert status == 422
-        assert says in json.loads(content)["error"]
+@pytest.mark.parametrize(
+    "drawing", [png()[:-40], png(stroke=-5), b"P5 %d 1 255\n" % (MAX_PIXELS + 1)], ids=["damaged", "blank", "too large"]
+)
+def test_pictures_that_cannot_be_read(address: str, capfd: pytest.CaptureFixture[str], drawing: bytes) -> None:
+    status, _, content = ask(address, "/predict", drawing)
+    assert (status, json.loads(content).keys()) == (422, {"error"})
     assert capfd.readouterr().err == ""
 
 
 def test_one_picture_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one is read, another waits its turn and then is told to come back; the page itself comes at once."""
+    """While one is read, another waits and is refused after a while; the page itself comes at once."""
     begun, go_on = threading.Event(), threading.Event()
 
     def slow(picture: Image.Image, size: int) -> np.ndarray:
@@ -180,7 +181,7 @@ def test_one_picture_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) ->
     first = threading.Thread(target=lambda: statuses.append(ask(address, "/predict", png())[0]))
     first.start()
     assert begun.wait(20)
-    monkeypatch.setattr(demo, "PATIENCE", 0.2)
+    monkeypatch.setattr(demo, "TIMEOUT", 0.2)
     status, _, content = ask(address, "/predict", png())
     assert (status, "error" in json.loads(content)) == (503, True)
     monkeypatch.undo()
@@ -209,7 +210,7 @@ POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r
         (POST + b"\x89PNG", b"p", b"HTTP/1.0 408"),
     ],
 )
-def test_a_slow_client_is_left(
+def test_a_slow_client_is_dropped(
     address: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -218,12 +219,12 @@ def test_a_slow_client_is_left(
     answer: bytes,
 ) -> None:
     """One that is silent, and one that sends a byte now and then; others are answered meanwhile."""
-    monkeypatch.setattr(demo, "PATIENCE", 0.5)
+    monkeypatch.setattr(demo, "TIMEOUT", 0.5)
     with connected(address) as client:
         client.sendall(sent)
         assert ask(address, "/")[0] == 200
         client.settimeout(0.02)
-        found = b""
+        received = b""
         for _ in range(900):  # bytes that would keep it for 18 seconds
             try:
                 part = client.recv(4096)
@@ -235,11 +236,11 @@ def test_a_slow_client_is_left(
                 break  # it left while a byte was under way
             if not part:
                 break
-            found += part
+            received += part
         else:
             pytest.fail("it was still served")
-    assert found[: len(answer)] == answer
-    assert bool(found) == bool(answer)
+    assert received[: len(answer)] == answer
+    assert bool(received) == bool(answer)
     assert capfd.readouterr().err == ""
 
 
@@ -260,31 +261,24 @@ def test_clients_that_leave(address: str, capfd: pytest.CaptureFixture[str]) -> 
 def test_another_dataset_s_classes_are_shown() -> None:
     names = ["T-shirt/top", "</script>", "Bag & belt"]
     card = ModelCard("small-cnn", "imagenet", "fashion", names, (28, 28, 1), (0.3,), (0.4,))
-    text = page(card).decode()
+    text = render_page(card).decode()
     assert "<span>Bag &amp; belt</span>" in text
     assert "trained on fashion" in text
     assert text.count("</script>") == 1, "no name ends the script"
     assert json.loads(re.findall(r"const names = (.*);", text)[0]) == names
 
 
-def test_an_empty_drawing(address: str) -> None:
-    blank = io.BytesIO()
-    Image.new("L", (280, 280)).save(blank, "png")
-    status, _, content = ask(address, "/predict", blank.getvalue())
-    assert (status, "error" in json.loads(content)) == (422, True)
-
-
 def test_which_run_it_takes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert latest_run(run.parent) == run
-    with pytest.raises(ConfigError, match=r"no finished run in .*; make one with fastmnist train"):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
         latest_run(tmp_path)
     assert main(["demo", str(tmp_path / "none")]) == 1
-    assert "no such folder" in capsys.readouterr().err
+    assert str(tmp_path / "none") in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(address: str, run: Path) -> None:
     port = int(address.rstrip("/").rpartition(":")[2])
-    with pytest.raises(FastmnistError, match=f"--port {port} cannot be had"), serving(run, port):
+    with pytest.raises(FastmnistError, match=f"--port {port}"), serving(run, port):
         pass
     with pytest.raises(ConfigError, match="--port 70000"), serving(run, 70000):
         pass

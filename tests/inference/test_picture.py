@@ -1,7 +1,6 @@
-"""Pictures of any kind come out as MNIST has them."""
+"""Pictures of any kind, normalised as MNIST's images are."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from fastmnist.errors import FastmnistError
 from fastmnist.inference import picture as picture_module
-from fastmnist.inference.picture import MOST_PIXELS, mnist_like, open_picture, read_picture
+from fastmnist.inference.picture import MAX_PIXELS, mnist_like, open_picture, read_picture
 
 UP = Image.Resampling.BICUBIC
 
@@ -55,21 +54,23 @@ def correlation(a, b):
 def near(a, b):
     """The correlation after the best move by one pixel at most.
 
-    A centre of mass close to the edge of a pixel may be rounded either way; that it is in the centre at all
-    is a test of its own.
+    A centre of mass near a pixel's edge may be rounded either way; that it is in the centre has a test of its own.
     """
     moves = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
     return max(correlation(np.roll(a, move, axis=(0, 1)), b) for move in moves)
 
 
+def extent(result):
+    """(rows, columns) that hold a stroke."""
+    return np.count_nonzero(result.any(axis=1)), np.count_nonzero(result.any(axis=0))
+
+
 @pytest.mark.parametrize("index", range(10))
 def test_character_fills_the_box_and_its_mass_is_in_the_centre(index):
     result = REFERENCES[index]
-    assert result.shape == (28, 28)
-    assert result.dtype == np.uint8
+    assert (result.shape, result.dtype) == ((28, 28), np.uint8)
     assert result.max() >= 200
-    rows, columns = np.flatnonzero(result.any(axis=1)), np.flatnonzero(result.any(axis=0))
-    assert max(np.ptp(rows), np.ptp(columns)) + 1 == 20
+    assert max(extent(result)) == 20
     weights = result / result.sum()
     middle = np.arange(28) + 0.5
     for centre in (weights.sum(axis=1) @ middle, weights.sum(axis=0) @ middle):
@@ -79,9 +80,7 @@ def test_character_fills_the_box_and_its_mass_is_in_the_centre(index):
 def test_aspect_ratio_is_kept():
     bar = np.zeros((100, 100), dtype=np.uint8)
     bar[10:90, 40:60] = 255
-    result = mnist_like(Image.fromarray(bar))
-    rows, columns = np.flatnonzero(result.any(axis=1)), np.flatnonzero(result.any(axis=0))
-    assert (len(rows), len(columns)) == (20, 5)
+    assert extent(mnist_like(Image.fromarray(bar))) == (20, 5)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +133,7 @@ def test_strokes_on_transparent_ground(tone):
 def test_single_stroke_on_transparent_ground():
     glass = Image.new("RGBA", (60, 80), (0, 0, 0, 0))
     glass.paste((0, 0, 200, 255), (30, 20, 36, 60))
-    result = mnist_like(glass)
-    assert np.count_nonzero(result.any(axis=1)) == 20
-    assert np.count_nonzero(result.any(axis=0)) == 3
+    assert extent(mnist_like(glass)) == (20, 3)
 
 
 @pytest.mark.parametrize("dark_on_light", [False, True])
@@ -153,6 +150,12 @@ def test_exif_orientation_is_followed():
     turned = scene(DIGITS[4]).transpose(Image.Transpose.ROTATE_90)
     assert correlation(mnist_like(jpeg(turned, exif=exif)), REFERENCES[4]) > 0.95
     assert correlation(mnist_like(jpeg(turned)), REFERENCES[4]) < 0.8
+
+
+def test_damaged_exif_counts_as_none():
+    picture = scene(DIGITS[4])
+    picture.info["exif"] = b"Exif\0\0MM\0\x39\0\0\0\x08"
+    assert correlation(mnist_like(picture), REFERENCES[4]) > 0.95
 
 
 def test_small_character_on_a_large_page():
@@ -213,8 +216,7 @@ def test_dust_does_not_widen_the_box_and_a_dot_of_a_letter_does():
         ImageDraw.Draw(dusty).rectangle((x, y, x + 3, y + 3), fill=0)
     assert np.array_equal(mnist_like(dusty), stem)
     pen.ellipse((192, 90, 207, 105), fill=0)
-    rows = mnist_like(field).any(axis=1)
-    assert rows.sum() < 20, "a gap is left between dot and stem"
+    assert extent(mnist_like(field))[0] < 20, "a gap is left between dot and stem"
 
 
 @pytest.mark.parametrize("size", [1, 8, 28, 32, 64])
@@ -222,7 +224,7 @@ def test_size(size):
     result = mnist_like(DIGITS[0], size)
     assert result.shape == (size, size)
     if size >= 8:
-        assert np.count_nonzero(result.any(axis=1)) == round(size * 20 / 28)
+        assert extent(result)[0] == round(size * 20 / 28)
 
 
 def test_size_below_one_is_refused():
@@ -320,12 +322,12 @@ def test_file_that_was_cut_short(tmp_path, extension):
         read_picture(cut)
 
 
-@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (MOST_PIXELS + 1, 1), (8000, 6251)])
+@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (MAX_PIXELS + 1, 1), (8000, 6251)])
 def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch, width, height):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the limit does not lean on Pillow's
     path = tmp_path / "large.pgm"
     path.write_bytes(f"P5 {width} {height} 65535\n".encode())
-    with pytest.raises(FastmnistError, match=f"too many pixels.*{MOST_PIXELS:,}") as caught:
+    with pytest.raises(FastmnistError, match=f"too many pixels.*{MAX_PIXELS:,}") as caught:
         read_picture(path)
     assert str(path) in str(caught.value)
 
@@ -333,17 +335,16 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch, width
 def test_the_largest_picture_is_still_read(monkeypatch):
     content = io.BytesIO()
     DIGITS[1].save(content, "PNG")
-    monkeypatch.setattr(picture_module, "MOST_PIXELS", 96 * 96)
+    monkeypatch.setattr(picture_module, "MAX_PIXELS", 96 * 96)
     assert open_picture(content, "it").size == (96, 96)
-    monkeypatch.setattr(picture_module, "MOST_PIXELS", 96 * 96 - 1)
-    with pytest.raises(FastmnistError, match="it has too many pixels"):
-        open_picture(content, "it")
 
 
 def written():
-    """(format, content) of the digit in every format that Pillow writes here, small, in the modes that it takes."""
+    """(format, content) of the digit, small, in every format that Pillow writes here and every mode that it takes."""
     Image.init()
-    found = []
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = []
     for kind in sorted(Image.SAVE):
         for mode in ("L", "P", "RGBA", "1", "I;16", "F"):
             small = DIGITS[1].resize((32, 32))
@@ -351,11 +352,11 @@ def written():
                 small = Image.fromarray(np.asarray(small).astype(np.uint16) * 257)
             content = io.BytesIO()
             try:
-                small.convert(mode).save(content, kind)
+                small.convert(mode).save(content, kind, exif=exif)
             except Exception:  # each plugin has errors of its own for what it does not take
                 continue
-            found.append((kind, content.getvalue()))
-    return found
+            files.append((kind, content.getvalue()))
+    return files
 
 
 def damaged(random, content):
@@ -369,7 +370,7 @@ def damaged(random, content):
     return bytes(changed)
 
 
-def test_damaged_file_of_any_format_never_gives_another_error():
+def test_damage_in_any_format_raises_nothing_but_our_error():
     random = np.random.default_rng(0)
     tried, refused = set(), set()
     for kind, content in written():
@@ -397,24 +398,3 @@ def test_any_error_of_a_decoder_is_a_damaged_file(monkeypatch, error):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     with pytest.raises(FastmnistError, match=r"it is damaged or cut short \(.+\)"):
         open_picture(content, "it")
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_damaged_file_never_gives_another_error(tmp_path_factory, data):
-    extension = data.draw(st.sampled_from(["png", "jpg", "gif", "bmp", "tiff"]))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    options = {"exif": exif} if extension in ("png", "jpg", "tiff") else {}
-    formats = {"jpg": "JPEG"}
-    DIGITS[1].save(buffer, formats.get(extension, extension.upper()), **options)
-    content = bytearray(buffer.getvalue())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
-    path = Path(tmp_path_factory.getbasetemp()) / f"damaged.{extension}"
-    path.write_bytes(content)
-    try:
-        assert read_picture(path).shape == (28, 28)
-    except FastmnistError as error:
-        assert str(path) in str(error)  # noqa: PT017 (either outcome is right)

@@ -1,4 +1,4 @@
-"""The demo as one file: what is in it, what stops it from being written, and what a browser without a server reads."""
+"""The demo as one file: its content, and a browser that reads it without a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference import onnxruntime_web
 from fastmnist.inference import share_html as sharing
-from fastmnist.inference.demo import Reader
+from fastmnist.inference.demo import DrawingReader
 from fastmnist.inference.picture import mnist_like
 from fastmnist.inference.share_html import share_html
 from fastmnist.runs.train import train
@@ -58,13 +58,13 @@ def unpacked(page: str, name: str) -> bytes:
 
 def test_the_model_in_the_page_is_the_run_s(run: Path, runtime: Path, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "demo.html"
-    found = share_html(run, path, runtime=runtime)
+    shared = share_html(run, path, runtime=runtime)
     page = path.read_text()
-    assert (found.bytes, found.images) == (path.stat().st_size, 360)
+    assert (shared.bytes, shared.images) == (path.stat().st_size, 360)
     assert unpacked(page, "wasm") == onnxruntime_web.WASM.encode()
     assert "sourceMappingURL" not in page
     assert len(page) < 12e6  # of 45 MB of weights
-    reader = Reader(run)
+    reader = DrawingReader(run)
     session = onnxruntime.InferenceSession(unpacked(page, "model"), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -94,26 +94,26 @@ def test_a_page_that_would_see_other_things_is_not_written(
 ) -> None:
     monkeypatch.setattr(sharing, "TOLERANCE", 0.0)
     path = tmp_path / "demo.html"
-    with pytest.raises(FastmnistError, match=r"16-bit weights the probabilities differ by up to .* fastmnist demo"):
+    with pytest.raises(FastmnistError, match=r"demo\.html"):
         share_html(run, path, runtime=runtime)
     assert not path.exists()
 
 
 def test_a_folder_is_no_file(run: Path, runtime: Path, tmp_path: Path) -> None:
-    with pytest.raises(FastmnistError, match=r"Is a directory; name another file with --share-html"):
+    with pytest.raises(FastmnistError, match="--share-html"):
         share_html(run, tmp_path, runtime=runtime)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_files_of_the_runtime_that_are_missing(run: Path, runtime: Path, tmp_path: Path) -> None:
     (runtime / onnxruntime_web.WASM).unlink()
-    with pytest.raises(ConfigError, match=r"threaded\.wasm: No such file.*--onnxruntime-web names the folder dist"):
+    with pytest.raises(ConfigError, match=r"threaded\.wasm.*--onnxruntime-web"):
         share_html(run, tmp_path / "demo.html", runtime=runtime)
 
 
 def test_a_script_that_cannot_stand_in_a_page(runtime: Path) -> None:
     (runtime / onnxruntime_web.SCRIPT).write_text("'</script>'")
-    with pytest.raises(FastmnistError, match="cannot stand in a page"):
+    with pytest.raises(FastmnistError, match=onnxruntime_web.SCRIPT):
         onnxruntime_web.load_runtime(runtime)
 
 
@@ -136,17 +136,17 @@ def fake_npm(folder: Path, code: str) -> None:
 def test_no_npm(run: Path, no_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", str(run), "--share-html", str(tmp_path / "demo.html")]) == 2
     said = capsys.readouterr().err
-    assert "npm to fetch it once: install Node.js" in said
+    assert "npm" in said
     assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("sys.exit('npm error network is down')", "cannot fetch onnxruntime-web .*: npm error network is down"),
-        ("print('what')", "cannot fetch onnxruntime-web"),
-        ("print(json.dumps([{'filename': 'a.tgz'}]))", "cannot fetch onnxruntime-web"),
-        ("open('a', 'w').write('b'); print(json.dumps([{'filename': 'a'}]))", "npm gave another onnxruntime-web"),
+        ("sys.exit('npm error network is down')", "npm error network is down"),
+        ("print('what')", "onnxruntime-web"),
+        ("print(json.dumps([{'filename': 'a.tgz'}]))", "onnxruntime-web"),
+        ("open('a', 'w').write('b'); print(json.dumps([{'filename': 'a'}]))", "sha512"),
     ],
 )
 def test_npm_that_fails(no_cache: Path, code: str, says: str) -> None:
@@ -186,7 +186,7 @@ def test_a_file_in_a_browser_reads_as_the_run_does(shared: str, run: Path, brows
     browser.get_log("browser")
     browser.set_window_size(1200, 900)
     browser.get(shared)
-    reader = Reader(run)
+    reader = DrawingReader(run)
     rng = np.random.default_rng(1)
     for radius in (10.5, 10.5, 10.5, 6, 3, 1.5):
         image = drawing(rng, radius)
