@@ -1,4 +1,4 @@
-"""Whether a model is as sure as it should be."""
+"""Reliability diagram: accuracy over confidence."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binned_statistic
 
 from fastmnist.report.style import QUIET, TRAIN, VALIDATION, new_figure, save, styled
 
-# Most answers of a good model are more than 99 % sure: bins of equal width would hold them all in one.
+# A good model is more than 99 % sure of most answers: equal widths would put them all into one bin, and equal counts
+# (scikit-learn's calibration_curve has these two) would show nothing of the others.
 EDGES = np.array([0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0])
 
 
 class Calibration(NamedTuple):
-    """Per bin that is not empty: sure, the mean probability; right, the share of right answers; answers, how many.
+    """Per bin that is not empty, (bins,): sure, the mean confidence; right, the accuracy; answers, their number.
 
-    error: the expected calibration error, the mean of |right - sure| over all answers.
+    error: expected calibration error, the mean of |right - sure| over all answers.
     """
 
     sure: npt.NDArray[np.float64]
@@ -27,33 +29,32 @@ class Calibration(NamedTuple):
 
 
 def calibration(probabilities: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]) -> Calibration:
-    """Of (N, C) probabilities and (N,) labels.
+    """Calibration of probabilities (N, C) against labels (N,).
 
     M. P. Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015.
+
+    >>> sure = np.array([[0.6, 0.4], [0.35, 0.65], [0.96, 0.04], [0.97, 0.03]])  # (N, C)
+    >>> calibration(sure, np.array([0, 0, 0, 0])).right
+    array([0.5, 1. ])
     """
-    confidence = probabilities.max(1).astype(np.float64)
-    hit = probabilities.argmax(1) == labels
-    bins = np.clip(np.searchsorted(EDGES, confidence, side="left") - 1, 0, len(EDGES) - 2)
-    count = np.bincount(bins, minlength=len(EDGES) - 1)
-    some = count > 0
-    sure = np.bincount(bins, confidence, len(EDGES) - 1)[some] / count[some]
-    right = np.bincount(bins, hit, len(EDGES) - 1)[some] / count[some]
-    error = float((count[some] * np.abs(right - sure)).sum() / max(1, len(labels)))
-    return Calibration(sure, right, count[some], error)
+    confidence = np.minimum(probabilities.max(1), 1.0)
+    correct = probabilities.argmax(1) == labels
+    means, _, bins = binned_statistic(confidence, [confidence, correct], "mean", EDGES)
+    answers = np.bincount(bins - 1, minlength=len(EDGES) - 1)
+    (sure, right), answers = means[:, answers > 0], answers[answers > 0]
+    error = float(np.average(np.abs(right - sure), weights=answers))
+    return Calibration(sure, right, answers, error)
 
 
 def plot_calibration(probabilities: npt.NDArray[np.floating], labels: npt.NDArray[np.int64], path: Path) -> Calibration:
-    """Draws the share of right answers over how sure they were, and gives back what is drawn.
-
-    Args:
-        probabilities: (N, C). labels: (N,). path: the PNG to write.
+    """Draws the accuracy of answers over their confidence as a PNG, and returns what is drawn.
 
     Raises:
         FastmnistError: the file cannot be written.
     """
-    found = calibration(probabilities, labels)
-    mean_sure = float(np.average(found.sure, weights=found.answers))
-    mean_right = float(np.average(found.right, weights=found.answers))
+    drawn = calibration(probabilities, labels)
+    mean_sure = float(np.average(drawn.sure, weights=drawn.answers))
+    mean_right = float(np.average(drawn.right, weights=drawn.answers))
     way = "too unsure" if mean_right > mean_sure else "too sure"
     with styled():
         figure = new_figure(7, 6)
@@ -67,9 +68,9 @@ def plot_calibration(probabilities: npt.NDArray[np.floating], labels: npt.NDArra
             "as sure as right", (0.22, 0.22), xytext=(4, -14), textcoords="offset points", color=QUIET, fontsize=9
         )
         # The standard error of a share, or half an answer where all or none are right.
-        spread = np.maximum(np.sqrt(found.right * (1 - found.right) / found.answers), 0.5 / found.answers)
-        axes.errorbar(found.sure, found.right, yerr=spread, fmt="o", color=TRAIN, ecolor=VALIDATION, capsize=2)
-        for sure, right, count in zip(found.sure, found.right, found.answers, strict=True):
+        spread = np.maximum(np.sqrt(drawn.right * (1 - drawn.right) / drawn.answers), 0.5 / drawn.answers)
+        axes.errorbar(drawn.sure, drawn.right, yerr=spread, fmt="o", color=TRAIN, ecolor=VALIDATION, capsize=2)
+        for sure, right, count in zip(drawn.sure, drawn.right, drawn.answers, strict=True):
             if sure < 0.9:
                 axes.annotate(f"{count:,}", (sure, right), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.set_xlim(0, 1.02)
@@ -77,4 +78,4 @@ def plot_calibration(probabilities: npt.NDArray[np.floating], labels: npt.NDArra
         axes.set_xlabel("probability of the answer (mean of a bin; small numbers: answers in it)")
         axes.set_ylabel("share of right answers, with its standard error")
         save(figure, path)
-    return found
+    return drawn

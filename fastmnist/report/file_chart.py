@@ -1,7 +1,8 @@
-"""What a compiled file holds, part by part, as a picture."""
+"""Picture of a `.beton` file's parts and their sizes."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,44 +15,42 @@ COLOURS = (QUIET, "#8a6d00", "#56b4e9", VALIDATION, RULE, TRAIN, "#009e73")
 
 
 class Part(NamedTuple):
-    """name: of the part. start, size: in bytes. says: what is in it."""
+    """start, size: in bytes."""
 
     name: str
     start: int
     size: int
-    says: str
+    content: str
 
 
 def parts(file: Beton) -> list[Part]:
-    """The file from its first to its last byte."""
+    """The file's parts from its first to its last byte."""
     count = len(file)
     head = HEADER.itemsize
     fields = head + 2 * FIELD.itemsize
     metadata = file.head_size - fields
     pages = file.table_start - file.data_start
-    found = [
+    sections = [
         Part("header", 0, head, "version, number of fields and samples, page size"),
         Part("fields", head, fields - head, "names and types: image, label"),
         Part("metadata", fields, metadata, f"address and label of {count:,} samples"),
     ]
     if file.integrity is not None:
-        found.append(
+        sections.append(
             Part("integrity", file.head_size, file.integrity_size, "class names, mean, std, a checksum for each page")
         )
-    end = found[-1].start + found[-1].size
-    found += [
+    end = sections[-1].start + sections[-1].size
+    sections += [
         Part("zeros", end, file.data_start - end, "up to a page's boundary"),
         Part("pages", file.data_start, pages, f"{pages // file.page_size} of {file.page_size >> 20} MiB, whole images"),
         Part("table", file.table_start, count * ALLOCATION.itemsize, "address and size of each image"),
     ]
-    return [part for part in found if part.size]
+    return [part for part in sections if part.size]
 
 
 def plot_layout(file: Beton, path: Path) -> None:
-    """Draws the parts in their order; widths are the logarithms of their bytes, or the small ones would not be seen."""
-    import math
-
-    some = parts(file)
+    """Draws the parts in order as a PNG; widths are logarithms of sizes, so that small parts are seen."""
+    sections = parts(file)
     megabytes = file.file_size / 1e6
     heading = f"{file.path.name}: {len(file):,} images in {megabytes:,.1f} MB, read where they lie"
     with styled():
@@ -64,9 +63,9 @@ def plot_layout(file: Beton, path: Path) -> None:
             height=HEIGHT,
             below=BELOW,
         )
-        at, widths = 0.0, [math.log2(part.size + 1) for part in some]
+        at, widths = 0.0, [math.log2(part.size + 1) for part in sections]
         whole = sum(widths)
-        for number, (part, width) in enumerate(zip(some, widths, strict=True)):
+        for number, (part, width) in enumerate(zip(sections, widths, strict=True)):
             axes.barh(0, width, left=at, height=0.5, color=COLOURS[number % len(COLOURS)], edgecolor="white")
             low = -0.42 - 0.19 * number
             axes.plot([at + width / 2] * 2, [-0.25, low], color=RULE, linewidth=1, zorder=0)
@@ -74,7 +73,7 @@ def plot_layout(file: Beton, path: Path) -> None:
             axes.text(
                 at + width / 2,
                 low,
-                f"{part.name}, {_bytes(part.size)}: {part.says}",
+                f"{part.name}, {_bytes(part.size)}: {part.content}",
                 ha="right" if right else "left",
                 va="top",
                 fontsize=9,
@@ -83,7 +82,7 @@ def plot_layout(file: Beton, path: Path) -> None:
             )
             at += width
         axes.set_xlim(0, whole)
-        axes.set_ylim(-0.42 - 0.19 * len(some), 0.3)
+        axes.set_ylim(-0.42 - 0.19 * len(sections), 0.3)
         axes.axis("off")
         save(figure, path, heading)
 
