@@ -1,1 +1,1 @@
-"""The compiled file: format, reader, writer."""
+"""The `.beton` file: format, layout, writer, reader."""

@@ -1,13 +1,12 @@
-"""The compiled file's structures: FFCV's `.beton`, version 2, with an integrity block that FFCV does not see.
+"""Structures of the `.beton` file: FFCV's format, version 2, and an integrity block that FFCV does not see.
 
-Layout, all little-endian (the format is that of FFCV, Leclerc et al., "FFCV: Accelerating Training by Removing Data
-Bottlenecks", CVPR 2023):
+All little-endian, in this order (G. Leclerc et al., "FFCV: Accelerating Training by Removing Data Bottlenecks", CVPR
+2023):
 
     header | one descriptor per field | one metadata row per sample | integrity block | zeros up to a page boundary |
     pages of whole samples, each padded with zeros | allocation table (sample, address, size), to the end of the file
 
-FFCV stores nothing in the argument bytes of an integer field; ours hold the address of the integrity block.
-Writing is in `writer`, by `layout`; reading in `beton`.
+FFCV leaves the argument bytes of an integer field empty; ours hold the address of the integrity block.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fastmnist.errors import DataError
 
 FORMAT_VERSION = 2
 MAX_FIELDS = 64
-LONGEST_SIDE = 2**16 - 1  # of an image, and most channels
+MAX_SIDE = 2**16 - 1  # of an image; also the most channels
 TYPE_NAMES = {0: "FloatField", 1: "IntField", 2: "RGBImageField", 3: "BytesField", 4: "NDArrayField"}
 TYPE_NAMES |= {5: "JSONField", 6: "TorchTensorField", 255: "a custom field"}
 INT_FIELD, NDARRAY_FIELD = 1, 4
@@ -64,10 +63,10 @@ CHECKSUM_START = INTEGRITY.fields["checksum"][1] + 4  # type: ignore[index]  # a
 
 @dataclass(frozen=True)
 class Integrity:
-    """What the integrity block holds beyond the layout.
+    """Integrity block: checksums, statistics and texts.
 
     mean, std: per channel, of pixel values scaled to [0, 1], over the whole file. source: identifies the bytes that
-    the file was compiled from.
+    the file was made from.
     """
 
     dataset: str
@@ -113,9 +112,9 @@ class Integrity:
                 f"{path}: its integrity block has version {head['version']}, this program reads version "
                 f"{INTEGRITY_VERSION}; compile the data again with this program"
             )
-        expected, found = int(head["checksum"]), zlib.crc32(block[CHECKSUM_START:])
-        if expected != found:
-            raise damaged(path, f"the integrity block's checksum is {found:08x} where {expected:08x} was written")
+        expected, actual = int(head["checksum"]), zlib.crc32(block[CHECKSUM_START:])
+        if expected != actual:
+            raise damaged(path, f"the integrity block's checksum is {actual:08x} where {expected:08x} was written")
         channels, pages = int(head["num_channels"]), int(head["num_pages"])
         at = INTEGRITY.itemsize
         moments = np.frombuffer(block, "<f8", 2 * channels, at).reshape(2, channels)
@@ -137,5 +136,5 @@ class Integrity:
 
 
 def damaged(path: Path, what: str) -> DataError:
-    """The error for a file that was whole once."""
+    """The error for a file that has changed since it was written."""
     return DataError(f"{path} is damaged: {what}; delete it, then compile it again (fastmnist compile)")

@@ -1,4 +1,4 @@
-"""Where everything lies in a compiled file, and the bytes around its pages; `format` has the structures."""
+"""Layout of a `.beton` file: sizes, offsets, and the bytes around its pages."""
 
 from __future__ import annotations
 
@@ -26,18 +26,22 @@ from fastmnist.beton.format import (
 )
 from fastmnist.beton.moments import Moments
 
-PAGE_SIZE = 1 << 21  # bytes; the smallest that FFCV's writer takes, and the size of a huge page
+PAGE_SIZE = 1 << 21  # bytes; the least that FFCV's writer takes, and the size of a huge page
 SAMPLE = np.dtype([("image", "<u8"), ("label", "<i8")])
-ROWS = 1 << 16  # of a table that are made at a time
+ROWS = 1 << 16  # of a table, made at a time: millions at once would fill memory
 CHECKSUM_SIZE = 4  # bytes of one page's checksum in the integrity block
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The file of `count` samples; all sizes and places are in bytes.
+    """A file of `count` samples; sizes and offsets are in bytes.
 
-    image_shape: (H, W) or (H, W, C), uint8. page_size: at least an image (see `page_size_for`). The texts are kept in
-    the integrity block.
+    >>> layout = Layout(count=60_000, image_shape=(28, 28))
+    >>> layout.per_page, layout.num_pages, layout.data_start, layout.file_size
+    (2674, 23, 2097152, 51771648)
+
+    image_shape: (H, W) or (H, W, C), uint8. page_size: at least an image (see `page_size_for`). The texts go into the
+    integrity block.
     """
 
     count: int
@@ -58,7 +62,7 @@ class Layout:
 
     @property
     def per_page(self) -> int:
-        """Samples on a page; none straddles two."""
+        """Samples per page; none straddles two."""
         return self.page_size // self.image_size
 
     @property
@@ -67,7 +71,7 @@ class Layout:
 
     @property
     def block_start(self) -> int:
-        """Of the integrity block, behind header, descriptors and metadata."""
+        """Start of the integrity block, behind header, descriptors and metadata."""
         return HEADER.itemsize + 2 * FIELD.itemsize + self.count * SAMPLE.itemsize
 
     @cached_property
@@ -87,7 +91,7 @@ class Layout:
         return self.table_start + self.count * ALLOCATION.itemsize
 
     def write_around(self, file: BinaryIO, labels: np.ndarray, checksums: Iterable[int], moments: Moments) -> None:
-        """Writes the allocation table, then all that stands before the pages; the gap before these stays as it is.
+        """Writes all but the pages and the zeros before them: allocation table, header, metadata, integrity block.
 
         labels: (n,) int64, repeated until there are `count`. checksums: CRC-32 of each page. moments: of all images.
         """
@@ -110,7 +114,7 @@ class Layout:
 
     @property
     def _blank(self) -> Integrity:
-        """The integrity block before anything is known but its texts: of no pages."""
+        """The integrity block of no pages: its texts alone."""
         return Integrity(
             dataset=self.dataset,
             split=self.split,
@@ -126,7 +130,7 @@ class Layout:
         )
 
     def _addresses(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(numbers, addresses) of all samples, uint64, some at a time: millions of rows at once would fill memory."""
+        """(numbers, addresses) of the samples, uint64, ROWS at a time."""
         for start in range(0, self.count, ROWS):
             number = np.arange(start, min(start + ROWS, self.count), dtype=np.uint64)
             page, place = number // self.per_page, number % self.per_page
@@ -137,11 +141,11 @@ class Layout:
             yield _rows(ALLOCATION, sample_id=number, ptr=addresses, size=np.full(len(number), self.image_size))
 
     def _head(self, labels: np.ndarray) -> Iterator[bytes]:
-        yield self._descriptions()
+        yield self._descriptors()
         for number, addresses in self._addresses():
             yield _rows(SAMPLE, image=addresses, label=labels[number % len(labels)])
 
-    def _descriptions(self) -> bytes:
+    def _descriptors(self) -> bytes:
         header = np.zeros((), HEADER)
         header["version"], header["num_fields"] = FORMAT_VERSION, 2
         header["page_size"], header["num_samples"] = self.page_size, self.count
@@ -182,7 +186,7 @@ def _rows(dtype: np.dtype[np.void], **columns: np.ndarray) -> bytes:
 
 
 def _write(file: BinaryIO, parts: Iterable[bytes]) -> int:
-    """Writes all parts and returns the CRC-32 over them."""
+    """Writes the parts and returns their CRC-32."""
     checksum = 0
     for part in parts:
         file.write(part)

@@ -1,4 +1,4 @@
-"""Reads the compiled file, and holds it against its checksums; `format` tells what is in it."""
+"""Reader of `.beton` files: memory-mapped, and checked before anything of them is used."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fastmnist.beton.format import (
     HEADER,
     INT_FIELD,
     INTEGRITY_MAGIC,
-    LONGEST_SIDE,
     MARKER,
     MAX_FIELDS,
+    MAX_SIDE,
     NDARRAY_ARGUMENTS,
     NDARRAY_FIELD,
     TYPE_NAMES,
@@ -35,31 +35,39 @@ from fastmnist.beton.moments import Moments
 from fastmnist.errors import DataError
 
 Verify = Literal["size", "full"]
-LAST_BYTES = 4096  # that are read to see whether the file is still whole
+LAST_BYTES = 4096  # read to see whether the file is still whole
 
 
 class Beton:
-    """A `.beton` file, open for reading: one uint8 image array of a fixed shape and one integer label per sample.
+    """A `.beton` file of N samples, open for reading: a uint8 image of one fixed shape and an integer label each.
 
-    Written by fastmnist or by FFCV (an NDArrayField of uint8 and an IntField, in either order).
+    fastmnist or FFCV wrote it (an NDArrayField of uint8 and an IntField, in either order).
+
+    >>> import fastmnist
+    >>> images = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3)  # (N, H, W)
+    >>> file = fastmnist.Beton(fastmnist.write_beton("two.beton", images, [7, 2]))
+    >>> len(file), file.image_shape, file.labels
+    (2, (4, 3, 1), array([7, 2]))
+    >>> file.images(np.array([1])).shape  # (n, H, W, C)
+    (1, 4, 3, 1)
 
     Args:
         path: the file.
-        verify: "size" holds the file's length and every address against the header; "full" also checks each byte
-            against the checksums (FFCV's own files have none: there the allocation table is checked).
+        verify: "size" checks the file's length and every address; "full" also checks every byte against the checksums
+            (FFCV's own files have none: there the allocation table is checked).
 
     Attributes:
         data: (file size,) uint8, the whole file, memory-mapped read-only.
         offsets: (N,) int64, where each image starts in `data`.
         labels: (N,) int64.
         image_shape: (H, W, C).
-        descriptor: of the open file, for reads that pass by the map.
-        image_field, label_field: the fields' names, which FFCV's pipelines ask for.
-        integrity: what our own writer added, of integrity_size bytes; None for a file that FFCV wrote.
+        descriptor: of the open file, for reads that bypass the map.
+        image_field, label_field: the fields' names, for FFCV's pipelines.
+        integrity: the block that our own writer adds, of integrity_size bytes; None for a file that FFCV wrote.
         head_size, data_start, table_start: where header and metadata end, and where pages and allocation table begin.
 
     Raises:
-        DataError: missing, unreadable, cut short, damaged, or of a layout other than the above.
+        DataError: the file is missing, unreadable, cut short, damaged, or of another layout.
     """
 
     def __init__(self, path: str | os.PathLike[str], verify: Verify = "size") -> None:
@@ -81,7 +89,7 @@ class Beton:
     def _read(self, file: BinaryIO) -> None:
         size = os.fstat(file.fileno()).st_size
         self.file_size = size
-        header = self._take(file, HEADER, 1, "the header")[0]
+        header = self._read_array(file, HEADER, 1, "the header")[0]
         if header["version"] != FORMAT_VERSION:
             raise DataError(
                 f"{self.path}: not a .beton of version {FORMAT_VERSION} (its first bytes say {header['version']}); "
@@ -91,41 +99,26 @@ class Beton:
         self.num_samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
         if not 1 <= num_fields <= MAX_FIELDS or self.page_size & (self.page_size - 1) or not self.page_size:
             raise damaged(self.path, f"the header names {num_fields} fields, pages of {self.page_size} bytes")
-        # Every count comes from the file: it is held against the file's size before it sizes anything.
+        # Every count comes from the file: it is checked against the file's size before it sizes anything.
         expected = table + self.num_samples * ALLOCATION.itemsize
         if size != expected:
             raise damaged(self.path, f"it has {size:,} bytes where its header asks for {expected:,}")
-        fields = self._take(file, FIELD, num_fields, "the field descriptors")
-        row, self.image_field, self.label_field = self._understand(fields)
-        samples = self._take(file, row, self.num_samples, "the metadata")
+        fields = self._read_array(file, FIELD, num_fields, "the field descriptors")
+        row, self.image_field, self.label_field = self._parse_fields(fields)
+        samples = self._read_array(file, row, self.num_samples, "the metadata")
         self.head_size = file.tell()
         self.table_start = table
         self.labels = samples["label"].astype(np.int64)
         self.offsets = samples["image"].astype(np.int64)
         self.integrity = self._read_integrity(file, fields)
-        self.data_start = first = self.integrity.data_start if self.integrity else self.head_size
-        last = table - self.image_size
-        outside = np.flatnonzero((self.offsets < first) | (self.offsets > last))
-        if len(outside):
-            sample = int(outside[0])
-            raise damaged(
-                self.path,
-                f"sample {sample} lies at byte {self.offsets[sample]}, outside {first}..{last}",
-            )
-        # A reader of pages would look for the rest of it behind its own page.
-        straddling = np.flatnonzero(self.offsets % self.page_size > self.page_size - self.image_size)
-        if len(straddling):
-            sample = int(straddling[0])
-            raise damaged(
-                self.path,
-                f"sample {sample}, from byte {self.offsets[sample]} on, straddles two pages of {self.page_size} bytes",
-            )
+        self.data_start = self.integrity.data_start if self.integrity else self.head_size
+        self._check_offsets()
         self._check_labels()
         self.closed = False
         self.data: np.ndarray = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
     def _keep_descriptor(self, file: BinaryIO) -> None:
-        """Kept open so that what was mapped can be told from what is at the path later on."""
+        """Keeps the mapped file open, to tell it later from the file at the path."""
         self.descriptor = os.dup(file.fileno())
         self._release = weakref.finalize(self, os.close, self.descriptor)
         self._changed = os.fstat(self.descriptor).st_mtime_ns
@@ -133,7 +126,7 @@ class Beton:
     def check_unchanged(self) -> None:
         """Raises DataError when the file was deleted, replaced, cut or rewritten since it was opened.
 
-        To read a map beyond the end of its file kills the process (SIGBUS): callers ask before they begin to read.
+        Reading a map beyond the end of its file kills the process (SIGBUS): callers check before they begin.
         """
         self.check_open()
         advice = "open it again, or compile it anew (fastmnist compile)"
@@ -160,10 +153,10 @@ class Beton:
             self._changed = here.st_mtime_ns
 
     def _check_rewritten(self, advice: str) -> None:
-        """Raises DataError unless the file was only touched, which checksums alone can tell."""
+        """Raises DataError unless the file was merely touched, as its checksums then show."""
         written = f"{self.path} was written to while it was open"
         if self.integrity is None:
-            raise DataError(f"{written}, and has no checksums to tell what is still right; {advice}")
+            raise DataError(f"{written}, and has no checksums that tell what changed; {advice}")
         try:
             with Beton(self._absolute, "full") as now:
                 same = now.fingerprint == self.fingerprint
@@ -173,41 +166,39 @@ class Beton:
             raise DataError(f"{written}; {advice}")
 
     def identity(self) -> tuple[Path, str]:
-        """(absolute path, fingerprint): what `open_again` needs in another process, where the map does not travel."""
+        """(absolute path, fingerprint): `open_again`'s arguments in another process."""
         self.check_open()
         return self._absolute, self.fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_again, self.identity()
 
-    def _take(self, file: BinaryIO, dtype: np.dtype[Any], count: int, what: str) -> np.ndarray:
-        wanted = dtype.itemsize * count
-        if file.tell() + wanted > self.file_size:
-            raise damaged(
-                self.path,
-                f"it ends at byte {self.file_size:,}, within {what} (to byte {file.tell() + wanted:,})",
-            )
-        return np.frombuffer(file.read(wanted), dtype)
+    def _read_array(self, file: BinaryIO, dtype: np.dtype[Any], count: int, what: str) -> np.ndarray:
+        size = dtype.itemsize * count
+        end = file.tell() + size
+        if end > self.file_size:
+            raise damaged(self.path, f"it ends at byte {self.file_size:,}, within {what} (to byte {end:,})")
+        return np.frombuffer(file.read(size), dtype)
 
-    def _understand(self, fields: np.ndarray) -> tuple[np.dtype[Any], str, str]:
+    def _parse_fields(self, fields: np.ndarray) -> tuple[np.dtype[Any], str, str]:
         """The metadata row's dtype and the names of the image and the label field."""
         types = [int(f["type_id"]) for f in fields]
         if sorted(types) != [INT_FIELD, NDARRAY_FIELD]:
-            found = ", ".join(TYPE_NAMES.get(t, f"type {t}") for t in types)
+            names = ", ".join(TYPE_NAMES.get(t, f"type {t}") for t in types)
             raise DataError(
-                f"{self.path}: holds {found}; fastmnist reads one NDArrayField (uint8 images) and one IntField (labels)"
+                f"{self.path}: holds {names}; fastmnist reads one NDArrayField (uint8 images) and one IntField (labels)"
             )
         image, label = fields[types.index(NDARRAY_FIELD)], fields[types.index(INT_FIELD)]
-        dtype, shape = self._image_type(image["arguments"].tobytes())
-        if dtype != "|u1" or len(shape) not in (2, 3) or not all(0 < n <= LONGEST_SIDE for n in shape):
+        dtype, shape = self._parse_image_type(image["arguments"].tobytes())
+        if dtype != "|u1" or len(shape) not in (2, 3) or not all(0 < n <= MAX_SIDE for n in shape):
             raise DataError(f"{self.path}: its images are {shape} of {dtype}; fastmnist reads (H, W[, C]) uint8")
         self.image_shape = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
         self.image_size = int(np.prod(self.image_shape))
-        names = {NDARRAY_FIELD: "image", INT_FIELD: "label"}
-        row = np.dtype([(names[t], FIELD_METADATA[t]) for t in types])
+        columns = {NDARRAY_FIELD: "image", INT_FIELD: "label"}
+        row = np.dtype([(columns[t], FIELD_METADATA[t]) for t in types])
         return row, image["name"].decode("ascii", "replace"), label["name"].decode("ascii", "replace")
 
-    def _image_type(self, arguments: bytes) -> tuple[str, tuple[int, ...]]:
+    def _parse_image_type(self, arguments: bytes) -> tuple[str, tuple[int, ...]]:
         head = np.frombuffer(arguments, NDARRAY_ARGUMENTS, 1)[0]
         start, length = NDARRAY_ARGUMENTS.itemsize, int(head["type_length"])
         try:
@@ -237,6 +228,21 @@ class Beton:
             raise damaged(self.path, f"it has statistics of {len(block.mean)} channels")
         return block
 
+    def _check_offsets(self) -> None:
+        first, last = self.data_start, self.table_start - self.image_size
+        outside = np.flatnonzero((self.offsets < first) | (self.offsets > last))
+        if len(outside):
+            sample = int(outside[0])
+            raise damaged(self.path, f"sample {sample} lies at byte {self.offsets[sample]}, outside {first}..{last}")
+        # A reader of pages would miss the rest of a sample that straddles two.
+        straddling = np.flatnonzero(self.offsets % self.page_size > self.page_size - self.image_size)
+        if len(straddling):
+            sample = int(straddling[0])
+            raise damaged(
+                self.path,
+                f"sample {sample}, from byte {self.offsets[sample]} on, straddles two pages of {self.page_size} bytes",
+            )
+
     def _check_labels(self) -> None:
         if not self.num_samples:
             raise DataError(f"{self.path}: holds no sample; compile a source that has images")
@@ -245,14 +251,14 @@ class Beton:
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= upper))
         if len(wrong):
             sample = int(wrong[0])
-            wanted = f"0 to {upper - 1}" if names else "0 or more"
-            raise damaged(self.path, f"sample {sample} has label {self.labels[sample]}, outside {wanted}")
+            allowed = f"0 to {upper - 1}" if names else "0 or more"
+            raise damaged(self.path, f"sample {sample} has label {self.labels[sample]}, outside {allowed}")
 
     def verify_content(self) -> str:
-        """Checks every byte against the checksums and returns what was checked, in a sentence.
+        """Checks every byte against the checksums; returns a sentence on what was checked.
 
         Raises:
-            DataError: naming the part that differs: a page by number and bytes, or the head, gap or table.
+            DataError: names the part that differs: a page by number and bytes, or the head, gap or table.
         """
         self.check_unchanged()
         data = self.data
@@ -276,9 +282,9 @@ class Beton:
         return f"{self.num_samples:,} samples; {pages_text}, header, metadata and table match their checksums"
 
     def _compare(self, what: str, content: np.ndarray, expected: int) -> None:
-        found = zlib.crc32(content.data)
-        if found != expected:
-            raise damaged(self.path, f"{what}: checksum {found:08x} where {expected:08x} was written")
+        actual = zlib.crc32(content.data)
+        if actual != expected:
+            raise damaged(self.path, f"{what}: checksum {actual:08x} where {expected:08x} was written")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -299,28 +305,28 @@ class Beton:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this file's content from another's: for our files over all bytes, for FFCV's over labels and size."""
+        """Identifies the content: for our files all bytes, for FFCV's labels and size."""
         checksum = zlib.crc32(self.integrity.pack() if self.integrity else self.data[: self.head_size].tobytes())
         return f"{self.file_size}-{checksum:08x}"
 
     def images(self, indices: np.ndarray) -> np.ndarray:
-        """Copies of the images at `indices` (n,) int: (n, H, W, C) uint8. For looking; batches come from Loader."""
+        """Copies of the images at `indices` (n,) int: (n, H, W, C) uint8. One by one: batches come from Loader."""
         self.check_unchanged()
         size = self.image_size
-        picked = [self.data[at : at + size] for at in self.offsets[indices]]
-        return np.array(picked, np.uint8).reshape(-1, *self.image_shape)
+        images = [self.data[at : at + size] for at in self.offsets[indices]]
+        return np.array(images, np.uint8).reshape(-1, *self.image_shape)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def close(self) -> None:
-        """Lets go of the mapping; arrays taken from `data` keep it alive until they are gone."""
+        """Closes the file; arrays taken from `data` keep the map alive until they are gone."""
         self.closed = True
         self._release()
         self.data = np.empty(0, np.uint8)
 
     def check_open(self) -> None:
-        """Raises RuntimeError when the file was closed: the kernels do not look where they read."""
+        """Raises RuntimeError when the file was closed: the kernels do not check where they read."""
         if self.closed:
             raise RuntimeError(f"{self.path} was closed; open it again")
 
@@ -334,13 +340,13 @@ class Beton:
 
 
 def open_again(path: Path, fingerprint: str) -> Beton:
-    """The same file in a copy or in another process.
+    """Opens the same file in another process.
 
     Raises:
-        DataError: another file is at `path`, or none.
+        DataError: there is no file at `path`, or another one.
     """
     file = Beton(path)
     if file.fingerprint != fingerprint:
         file.close()
-        raise DataError(f"{path} is {file.fingerprint}, another file than the {fingerprint} that was sent here")
+        raise DataError(f"{path} is {file.fingerprint}, not the file {fingerprint} that was sent here")
     return file

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from fastmnist.beton.format import LONGEST_SIDE
+from fastmnist.beton.format import MAX_SIDE
 from fastmnist.beton.layout import PAGE_SIZE, Layout, page_size_for
 from fastmnist.beton.moments import Moments
 from fastmnist.errors import DataError
@@ -69,9 +69,10 @@ def write_beton(
 ) -> Path:
     """Writes a `.beton` that fastmnist and FFCV read; `path` appears whole or not at all.
 
+    >>> import fastmnist
     >>> images = np.zeros((100, 28, 28), np.uint8)  # (N, H, W)
-    >>> path = write_beton("digits.beton", images, np.arange(100) % 10, class_names="0123456789")
-    >>> file = Beton(path)
+    >>> path = fastmnist.write_beton("digits.beton", images, np.arange(100) % 10, class_names="0123456789")
+    >>> file = fastmnist.Beton(path)
     >>> len(file), file.image_shape, file.class_names[7]
     (100, (28, 28, 1), '7')
 
@@ -156,10 +157,10 @@ def _pages(stream: ImageStream, layout: Layout, path: Path) -> Iterator[Page]:
 
 def _checked_labels(stream: ImageStream, labels: np.ndarray, class_names: Sequence[str], path: Path) -> np.ndarray:
     labels = np.asarray(labels)
-    if len(stream.shape) not in (3, 4) or not all(stream.shape) or max(stream.shape[1:]) > LONGEST_SIDE:
+    if len(stream.shape) not in (3, 4) or not all(stream.shape) or max(stream.shape[1:]) > MAX_SIDE:
         raise DataError(
             f"{path}: images have shape {stream.shape}; (N, H, W) or (N, H, W, C) is needed, none 0, the last ones at "
-            f"most {LONGEST_SIDE}"
+            f"most {MAX_SIDE}"
         )
     if isinstance(stream, ArrayStream) and stream.images.dtype != np.uint8:
         raise DataError(f"{path}: images are {stream.images.dtype}; uint8 is needed")

@@ -1,1 +1,1 @@
-"""Source to compiled file."""
+"""From a source to `.beton` files."""

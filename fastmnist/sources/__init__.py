@@ -1,1 +1,1 @@
-"""Where images come from: IDX files, downloads, embedded digits."""
+"""Sources of images: IDX files, downloads, embedded digits."""
