@@ -1,4 +1,4 @@
-"""The picture of a comparison of loaders: a bar for each, on a log scale, the fastest on top."""
+"""Chart of a loader comparison: a bar per loader on a log scale, the fastest on top."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-PLAIN = "DataLoader, plain"  # what the title holds ours against
+PLAIN = "DataLoader, plain"  # the title compares ours with it
 ACCENT, NEUTRAL = VALIDATION, "#a3b5c7"
 ROOM_FOR_NAMES = 3.1  # inches at most
 ROOM_FOR_NUMBER = 0.65  # inches for each on an axis
 RIGHT = MARGIN + 0.1  # inches: room for half of the last number on the axis
-LEAST_BAR = 0.3  # decades: the length of the slowest one's bar, or more
+LEAST_BAR = 0.3  # decades: least length of the shortest bar
 LOOKS: dict[str, dict[str, Any]] = {
     "ours": {"facecolor": ACCENT, "edgecolor": ACCENT, "label": "fastmnist"},
     "limit": {"facecolor": "white", "edgecolor": QUIET, "hatch": "/////", "label": "limit: plain memory copy"},
@@ -42,15 +42,14 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def plot_bars(rows: Sequence[Row], paths: Sequence[Path], *, title: str | None = None) -> None:
-    """Draw what each loader hands out per second, sorted, with its interval.
+def plot_bars(rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Draws each loader's rate with its interval, sorted.
 
     Args:
-        rows: as `clock.row` makes them, all of one unit such as "images/s"; with "kind" ("ours", "limit",
-            "baseline" or "peer"), and where measuring failed with "error" instead of a median. Rows without a
-            median above zero are named beneath the picture.
+        rows: as `statistics.row` makes them, all of one unit such as "images/s", with "kind" ("ours", "limit",
+            "baseline" or "peer"); failed ones have "error" instead of a median. Rows without a median above zero are
+            named beneath the chart.
         paths: the files to write, .png (1500 pixels wide) or .svg.
-        title: instead of the finding.
 
     Raises:
         ValueError: no row has a value, the units differ or are not per second, or a suffix is another.
@@ -60,7 +59,7 @@ def plot_bars(rows: Sequence[Row], paths: Sequence[Path], *, title: str | None =
     if not drawn:
         raise ValueError("none of the rows has a value to draw")
     things = _things(drawn)
-    heading = drawable(title, 400) if title else finding(rows)
+    heading = finding(rows)
     with styled():
         weights = ["bold" if _kind(row) == "ours" else "normal" for row in drawn]
         names = [
@@ -83,7 +82,7 @@ def plot_bars(rows: Sequence[Row], paths: Sequence[Path], *, title: str | None =
         axes.set_xscale("log")
         axes.set_xlim(floor, ceiling)
         axes.set_ylim(len(drawn) - 0.5, -0.5)
-        label_log_axis(axes, floor, ceiling)
+        _label_log_axis(axes, floor, ceiling)
         axes.set_xlabel(f"{things} per second, log scale", loc="left", fontsize=9, color=QUIET)
         axes.set_yticks(range(len(drawn)), ["\n".join(lines) for lines in names], linespacing=1.05)
         for place, text in enumerate(axes.get_yticklabels()):
@@ -100,12 +99,12 @@ def plot_bars(rows: Sequence[Row], paths: Sequence[Path], *, title: str | None =
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have a value, the fastest first."""
+    """The rows with a median above zero, the fastest first."""
     return sorted((row for row in rows if has_value(row)), key=lambda row: (-row["median"], str(row.get("name"))))
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """What the rows say, in a sentence: our fastest against the plain DataLoader and the memory.
+    """The outcome in a sentence: our fastest against the plain DataLoader and the memory's limit.
 
     Raises:
         ValueError: no row has a value, or the units differ or are not per second.
@@ -140,28 +139,27 @@ def finding(rows: Sequence[Row]) -> str:
 
 
 class Ratio(NamedTuple):
-    """What one row is of another, with its interval."""
+    """One row's rate over another's, with its interval."""
 
     median: float
     low: float
     high: float
 
     def often(self) -> str:
-        """In words; an interval with 1 in it says nothing but "as many"."""
+        """In words; "as many" if the interval holds 1."""
         if self.low <= 1 <= self.high:
             return "as many"
         return f"{times(self.median) if self.median > 1 else percent(self.median)} as many"
 
 
 def ratio(row: Row, other: Row, known: str = "") -> Ratio:
-    """Turn by turn where both rows have as many values; else of the medians, by the intervals' ends.
+    """Turn by turn if both rows have equally many values; else of the medians, with the intervals' extremes.
 
     Args:
-        known: the row's key for it, taken where it is there.
+        known: the row's key for this ratio; used if present.
     """
-    found = row.get(known)
-    if found:
-        return Ratio(found["median"], found["low"], found["high"])
+    if measured := row.get(known):
+        return Ratio(measured["median"], measured["low"], measured["high"])
     values, to = row.get("values") or [], other.get("values") or []
     if values and len(values) == len(to) and min(to) > 0:
         summary = ratios(values, to)
@@ -172,7 +170,7 @@ def ratio(row: Row, other: Row, known: str = "") -> Ratio:
 
 
 def interval(row: Row) -> tuple[float, float]:
-    """The ends, which hold the median; the median itself for those that are missing."""
+    """(low, high) around the median; a missing end is the median."""
     median = float(row["median"])
     low, high = (float(row[key]) if is_number(row.get(key)) else median for key in ("low", "high"))
     return min(low, median), max(high, median)
@@ -188,7 +186,7 @@ def percent(of: float) -> str:
 
 
 def describe_origin(rows: Sequence[Row]) -> list[str]:
-    """Hardware and days of the rows."""
+    """Hardware and days of the rows, for people."""
     machines: list[str] = []
     for row in rows:
         hardware = row.get("hardware") or {}
@@ -201,7 +199,7 @@ def describe_origin(rows: Sequence[Row]) -> list[str]:
 
 
 def describe_interval(counts: Sequence[int]) -> str:
-    """What low and high are, of figures with so many values each."""
+    """The meaning of low and high for rows with so many values each."""
     if min(counts) >= LEAST_FOR_INTERVAL:
         return "95 % intervals"
     if max(counts) < LEAST_FOR_INTERVAL:
@@ -270,7 +268,7 @@ def _share(of: float) -> str:
 
 
 def _ceiling(rows: Sequence[Row], labels: Sequence[str], floor: float, width: float) -> float:
-    """Where the axis ends so that the label behind each bar and whisker has its place."""
+    """The axis's end that leaves room for the label behind each bar and whisker."""
     start = math.log10(floor)
     ends = []
     for row, label in zip(rows, labels, strict=True):
@@ -279,8 +277,8 @@ def _ceiling(rows: Sequence[Row], labels: Sequence[str], floor: float, width: fl
     return float(10 ** (start + max(ends)))
 
 
-def label_log_axis(axes: Axes, floor: float, ceiling: float) -> None:
-    """Powers of ten, as many as have room; 2 and 5 times them too where they have."""
+def _label_log_axis(axes: Axes, floor: float, ceiling: float) -> None:
+    """Ticks at powers of ten, as far as there is room; at 2 and 5 times them too, if there is."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     decade = axes.get_position().width * PAGE / math.log10(ceiling / floor)  # inches
@@ -313,7 +311,7 @@ def _bar(axes: Axes, place: int, row: Row, label: str, floor: float) -> None:
 
 
 def _limit_line(axes: Axes, rows: Sequence[Row]) -> None:
-    """From the highest limit down through those that it limits."""
+    """A dashed line from the highest limit down."""
     for place, row in enumerate(rows):
         if _kind(row) == "limit":
             at, ends = [row["median"]] * 2, [place + 0.31, len(rows) - 0.5]
