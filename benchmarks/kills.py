@@ -1,15 +1,11 @@
-"""Kill -9 at random moments of compile, expand, train, resume, tune and speedrun, and what is there afterwards.
+"""Kill -9 at random moments of compile, expand, train, resume, tune and speedrun, and a check of what is left.
 
-    python benchmarks/kills.py --kills 200 --output benchmarks/results/kills.json
-    python benchmarks/kills.py --cost 6 --output benchmarks/results/checkpoint_cost.json
+    python benchmarks/kills.py --kills 200 --output kills.json
 
-Each command runs once undisturbed, which gives its duration and its result; then it is killed at a moment that is drawn
-over that duration. After each kill every file under a final name must be whole, the same command or --resume must end
-with the same bytes or weights, and no temporary file may be left then. Commands run in forks of this process, which
-has imported everything, with one thread each and a checkpoint every 0.05 s.
-
---cost N measures what checkpoints cost instead: N turns of ResNet-18 with one every 2 s, and N without, alternating.
-Give it an idle machine.
+Each command runs once undisturbed, which gives its duration and its result; then it is killed at a moment drawn over
+that duration. After a kill every file under a final name must be whole, the same command or --resume must end with the
+same bytes or weights, and then no temporary file may be left. Commands run in forks of this process, which has imported
+everything, with one thread each and a checkpoint every 0.05 s.
 """
 
 from __future__ import annotations
@@ -22,32 +18,29 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
 import traceback
 import xml.dom.minidom
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from common import report, summarise
 from PIL import Image
 from safetensors.torch import load_file
 
 from fastmnist.beton.reader import Beton
 from fastmnist.cli import main as cli
-from fastmnist.config import TrainConfig
+from fastmnist.cli.parser import write_json
 from fastmnist.sources.datasets import DATASETS
-from fastmnist.system.progress import Reporter
+from fastmnist.system.environment import origin
 from fastmnist.training import checkpoint
-from fastmnist.training.checkpoint import Checkpoints, load_checkpoint
-from fastmnist.training.session import Session
+from fastmnist.training.checkpoint import load_checkpoint
 
 IMPORTED = (
     "fastmnist.runs.train",
@@ -61,35 +54,26 @@ IMPORTED = (
     "fastmnist.report.speedrun_chart",
     "sklearn.datasets",
 )
-KILL_SAVES_EVERY, COST_SAVES_EVERY = 0.05, 2.0
-IMAGES = 30_000  # of the training set that is compiled
-RUN = [
-    "--dataset",
-    "digits",
-    "--model",
-    "small-cnn",
-    "--preset",
-    "none",
-    "--batch-size",
-    "64",
-    "--device",
-    "cpu",
-    "--amp",
-    "off",
-    "--quiet",
-]
-TRAIN = ["train", *RUN, "--epochs", "8", "--log-every", "5"]
-TUNE = ["tune", *RUN, "--loader-only", "--budget", "5"]
-SPEEDRUN = ["speedrun", *RUN, "--epochs", "3", "--seeds", "2"]
+SAVE_EVERY = 0.05  # seconds between two checkpoints
+IMAGES = 10_000  # of the training set that is compiled
+RUN = "--dataset digits --model small-cnn --preset none --batch-size 64 --device cpu --amp off --quiet"
+COMMANDS = {
+    "compile": "compile",
+    "train": f"train {RUN} --log-every 5 --epochs 4",
+    "expand": "compile --dataset digits --expand 10",
+    "resume": "train --resume",
+    "tune": f"tune {RUN} --loader-only --budget 2",
+    "speedrun": f"speedrun {RUN} --epochs 1 --seeds 2",
+}
 LEFT_OVER = (".tmp", ".lock")
 
 
 class KillError(Exception):
-    """What must not be after a kill."""
+    """A state that no kill may leave behind."""
 
 
 def begin(command: Sequence[object], log: Path) -> int:
-    """The process id of a fork that runs a command of fastmnist; what it prints goes to `log`."""
+    """Runs a command of fastmnist in a fork, its output in `log`; returns the process id."""
     process = os.fork()
     if process:
         return process
@@ -98,7 +82,7 @@ def begin(command: Sequence[object], log: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        checkpoint.SAVE_EVERY = KILL_SAVES_EVERY
+        checkpoint.SAVE_EVERY = SAVE_EVERY
         status = cli.main([str(word) for word in command])
     except BaseException:
         traceback.print_exc()
@@ -172,7 +156,7 @@ def check_whole(folder: Path) -> None:
 
 
 def check_tidy(folder: Path) -> None:
-    """Nothing that a killed process left is still there."""
+    """No temporary file of a killed process is left."""
     left = [path.name for path in folder.rglob("*") if path.name.endswith(LEFT_OVER)]
     if left:
         raise KillError(f"left over: {left}")
@@ -202,130 +186,108 @@ def write_mnist(folder: Path) -> None:
             (folder / stem).write_bytes(head.tobytes() + array.tobytes())
 
 
-@dataclass
 class Campaign:
-    """The kills of all commands, in a scratch folder.
+    """Kills of all commands in a scratch folder.
 
-    counts: per command what happened how often. wrong: what must not be, as text.
+    counts: (command, outcome) to how often. wrong: descriptions of states that no kill may leave.
     """
 
-    scratch: Path
-    seed: int
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-    durations: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
-        self.log = self.scratch / "log"
-        write_mnist(self.scratch / "idx")
-        cache = ["--cache-dir", self.scratch / "cache"]
-        self.train, self.tune, self.speedrun = ([*words, *cache] for words in (TRAIN, TUNE, SPEEDRUN))
-        self.compile = ["compile", "--data-dir", self.scratch / "idx"]
-        self.expand = ["compile", "--dataset", "digits", "--expand", "40"]
-        run([*TRAIN[:-4], "--epochs", "1", *cache, "--out", self.scratch / "first"], self.log)  # fills caches
-        self._undisturbed("compile", [*self.compile, "--output"])
-        self._undisturbed("expand", [*self.expand, "--output"])
-        self._undisturbed("train", [*self.train, "--out"])
-        self._undisturbed("tune", [*self.tune, "--out"])
-        self._undisturbed("speedrun", [*self.speedrun, "--out"])
+    def __init__(self, scratch: Path, seed: int) -> None:
+        self.scratch, self.log, self.random = scratch, scratch / "log", random.Random(seed)
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.wrong: list[str] = []
+        self.durations: dict[str, float] = {}
+        write_mnist(scratch / "idx")
+        where = {"compile": ["--data-dir", scratch / "idx", "--output"], "expand": ["--output"], "resume": []}
+        cache = ["--cache-dir", scratch / "cache", "--out"]
+        self.commands = {name: [*words.split(), *where.get(name, cache)] for name, words in COMMANDS.items()}
+        self.run("train", scratch / "first", 0, "--epochs", "1")  # fills caches
+        for name in COMMANDS:
+            if name != "resume":
+                begun = time.perf_counter()
+                self.run(name, scratch / f"whole-{name}")
+                self.durations[name] = time.perf_counter() - begun
+        self.durations["resume"] = self.durations["train"]
         self._stop_a_run()
 
-    def _undisturbed(self, name: str, command: list[object]) -> None:
-        begun = time.perf_counter()
-        run([*command, self.scratch / f"whole-{name}"], self.log)
-        self.durations[name] = time.perf_counter() - begun
+    def run(self, name: str, folder: Path, expected: int = 0, *more: object) -> str:
+        return run([*self.commands[name], folder, *more], self.log, expected)
 
     def _stop_a_run(self) -> None:
-        """Leaves a run that was killed soon after its first checkpoint: what `resume` goes on with."""
+        """Leaves a run that was killed soon after its first checkpoint, for `resume`."""
         self.stopped = self.scratch / "stopped"
-        process = begin([*self.train, "--out", self.stopped], self.log)
+        process = begin([*self.commands["train"], self.stopped], self.log)
         while not (self.stopped / "checkpoint.pt").exists():
             time.sleep(0.01)
             if os.waitpid(process, os.WNOHANG)[0]:
                 raise KillError(f"the run ended without a checkpoint: {self.log.read_text()}")
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        self.durations["resume"] = self.durations["train"]
 
     def go(self, kills: int) -> None:
-        commands = itertools.cycle(("compile", "train", "expand", "resume", "tune", "train", "speedrun", "resume"))
-        for number, name in enumerate(itertools.islice(commands, kills)):
+        for number, name in enumerate(itertools.islice(itertools.cycle(COMMANDS), kills)):
             folder = self.scratch / f"{number}-{name}"
             after = self.random.uniform(0, self.durations[name])
             try:
-                what = getattr(self, f"kill_{name}")(folder, after)
+                outcome = self.kill(name, folder, after)
             except KillError as error:
-                what = "wrong"
+                outcome = "wrong"
                 self.wrong.append(f"kill {number}, {name} after {after:.3f} s: {error}")
-            counts = self.counts.setdefault(name, {})
-            counts[what] = counts.get(what, 0) + 1
-            print(f"{number + 1} of {kills}: {name} after {after:.2f} s: {what}", file=sys.stderr, flush=True)
+            self.counts[name, outcome] += 1
+            print(f"{number + 1} of {kills}: {name} after {after:.2f} s: {outcome}", file=sys.stderr, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def kill_compile(self, folder: Path, after: float) -> str:
-        return self._written_again([*self.compile, "--output", folder], folder, after, "compile")
-
-    def kill_expand(self, folder: Path, after: float) -> str:
-        return self._written_again([*self.expand, "--output", folder], folder, after, "expand")
-
-    def _written_again(self, command: list[object], folder: Path, after: float, name: str) -> str:
-        killed = kill(command, self.log, after)
+    def kill(self, name: str, folder: Path, after: float) -> str:
+        """Runs a command, kills it after so many seconds, and checks what is left; returns the outcome."""
+        if name == "resume":
+            shutil.copytree(self.stopped, folder)
+        killed = kill([*self.commands[name], folder], self.log, after)
         check_whole(folder)
-        run(command, self.log)
+        if name in ("compile", "expand"):
+            outcome = self._written_again(name, folder)
+        elif name in ("tune", "speedrun"):
+            outcome = self._measured_again(name, folder)
+        else:
+            outcome = self._trained_to_the_end(folder)
+        return outcome if killed else "had ended"
+
+    def _written_again(self, name: str, folder: Path) -> str:
+        self.run(name, folder)
         check_tidy(folder)
         same_bytes(folder, self.scratch / f"whole-{name}")
-        return "killed, then written to the same bytes" if killed else "had ended"
+        return "killed, then written to the same bytes"
 
-    def kill_train(self, folder: Path, after: float) -> str:
-        killed = kill([*self.train, "--out", folder], self.log, after)
-        return self._finished(folder) if killed else "had ended"
-
-    def kill_resume(self, folder: Path, after: float) -> str:
-        shutil.copytree(self.stopped, folder)
-        killed = kill(["train", "--resume", folder], self.log, after)
-        return self._finished(folder) if killed else "had ended"
-
-    def _finished(self, folder: Path) -> str:
-        """Goes on with a run, by its checkpoint or from its beginning, and holds it against the undisturbed one."""
+    def _measured_again(self, name: str, folder: Path) -> str:
+        there = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+        self.run(name, folder, 2 if there else 0)
         check_whole(folder)
-        what = "killed, then resumed to the same bits"
+        check_tidy(folder)
+        return "had written results" if there else "killed, then measured anew"
+
+    def _trained_to_the_end(self, folder: Path) -> str:
+        """Resumes a run, or begins it again, and compares it with the undisturbed one."""
+        outcome = "killed, then resumed to the same bits"
         if (folder / "summary.json").exists():  # the last file that is written
-            what = "killed when all was written"
+            outcome = "killed when all was written"
         elif (folder / "checkpoint.pt").exists():
-            run(["train", "--resume", folder], self.log)
+            self.run("resume", folder)
             check_tidy(folder)
         elif (folder / "config.yaml").exists():
             config = str(folder / "config.yaml")
-            if f"train --config {config}" not in run(["train", "--resume", folder], self.log, 1):
+            if f"train --config {config}" not in self.run("resume", folder, 1):
                 raise KillError("--resume does not say how to begin again")
             if not {path.name for path in folder.iterdir()} <= {"config.yaml", "metrics.jsonl"}:
                 raise KillError(f"left over: {sorted(path.name for path in folder.iterdir())}")
             shutil.copy(config, self.scratch / "again.yaml")
             shutil.rmtree(folder)
             run(["train", "--config", self.scratch / "again.yaml", "--out", folder], self.log)
-            what = "killed before a checkpoint, then begun again to the same bits"
+            outcome = "killed before a checkpoint, then begun again to the same bits"
         else:
-            run([*self.train, "--out", folder], self.log)
+            self.run("train", folder)
             check_tidy(folder)
-            what = "killed before config.yaml, then begun again to the same bits"
+            outcome = "killed before config.yaml, then begun again to the same bits"
         same_weights(folder, self.scratch / "whole-train")
-        return what
-
-    def kill_tune(self, folder: Path, after: float) -> str:
-        return self._measured_again(self.tune, folder, after)
-
-    def kill_speedrun(self, folder: Path, after: float) -> str:
-        return self._measured_again(self.speedrun, folder, after)
-
-    def _measured_again(self, command: list[object], folder: Path, after: float) -> str:
-        killed = kill([*command, "--out", folder], self.log, after)
-        check_whole(folder)
-        there = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
-        run([*command, "--out", folder], self.log, 2 if there else 0)
-        check_whole(folder)
-        check_tidy(folder)
-        return "killed, then measured anew" if killed and not there else "had written results"
+        return outcome
 
 
 def campaign(kills: int, seed: int) -> dict[str, Any]:
@@ -336,73 +298,30 @@ def campaign(kills: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         done = Campaign(Path(scratch), seed)
         done.go(kills)
+    counts: dict[str, dict[str, int]] = {}
+    for (name, outcome), count in done.counts.items():
+        counts.setdefault(name, {})[outcome] = count
     return {
         "kills": kills,
         "seed": seed,
-        "counts": done.counts,
+        "counts": counts,
         "wrong": done.wrong,
         "undisturbed_seconds": done.durations,
         "seconds": time.perf_counter() - begun,
+        **origin(torch.device("cpu")),
     }
-
-
-def cost(turns: int, steps: int = 60) -> dict[str, Any]:
-    """The training clock of `steps` steps with a checkpoint every 2 s and without, in turn; the first is left out."""
-    clocks: dict[str, list[float]] = {"with": [], "without": []}
-    written = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        config = TrainConfig(dataset="digits", batch_size=128, epochs=(2 * turns + 2) * steps, cache_dir=scratch)
-        with Session(config, Reporter(quiet=True)) as session:
-            trainer, config = session.trainer, session.config
-            checkpoint.SAVE_EVERY = COST_SAVES_EVERY
-            for turn in range(turns + 1):
-                for side, values in clocks.items():
-                    with Checkpoints(Path(scratch), config.to_dict()) as checkpoints:
-
-                        def save(checkpoints: Checkpoints = checkpoints) -> None:
-                            nonlocal written
-                            if checkpoints.due():
-                                checkpoints.begin(trainer.state_dict())
-                                written += 1
-
-                        last, before = trainer.step + steps, trainer.seconds
-                        while trainer.step < last:
-                            trainer.run_epoch(
-                                stop=lambda last=last: trainer.step >= last,  # type: ignore[misc]
-                                after_step=save if side == "with" else lambda: None,
-                            )
-                        if turn:
-                            values.append(trainer.seconds - before)
-                        else:
-                            written = 0
-                        checkpoints.wait()
-        size = (Path(scratch) / checkpoint.CHECKPOINT).stat().st_size
-    if not written:
-        raise SystemExit(f"{steps} steps ended before the first checkpoint: nothing was measured")
-    more = statistics.median(clocks["with"]) - statistics.median(clocks["without"])
-    each = more * turns / written
-    return {
-        "seconds_per_turn": {side: summarise(values) for side, values in clocks.items()},
-        "checkpoint_bytes": size,
-        "checkpoints": written,
-        "seconds_per_checkpoint": each,
-        "share_of_the_training_clock": each / SAVES_EVERY,
-    }
-
-
-SAVES_EVERY = checkpoint.SAVE_EVERY  # as it is where nobody changes it
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--cost", type=int, metavar="N", help="turns: measure the cost of checkpoints instead")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--output", help="JSON file for the result")
     options = parser.parse_args()
-    result = campaign(options.kills, options.seed) if options.cost is None else cost(options.cost)
-    report(result, options.output)
-    return 1 if result.get("wrong") else 0
+    result = campaign(options.kills, options.seed)
+    print(json.dumps(result, indent=2))
+    write_json(options.output, result)
+    return 1 if result["wrong"] else 0
 
 
 if __name__ == "__main__":
