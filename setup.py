@@ -34,7 +34,7 @@ setup(
     install_requires=[
         "jinja2>=3.1",
         "joblib>=1.3",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.50",
         "matplotlib>=3.8",
         "numba>=0.60",
         "numpy>=1.26",

@@ -1,5 +1,6 @@
 """Settings: their checks, and the command line that is derived from them."""
 
+import inspect
 import json
 from contextlib import nullcontext
 from dataclasses import fields
@@ -8,15 +9,32 @@ import numpy as np
 import pytest
 import torch
 
+from fastmnist.baselines.loaders import LOADERS
 from fastmnist.cli.main import parse
 from fastmnist.cli.parser import given_settings
-from fastmnist.config import GROUPS, TrainConfig, flag, refuse_unused
+from fastmnist.config import GROUPS, DataConfig, TrainConfig, flag, refuse_unused
 from fastmnist.errors import ConfigError
+from fastmnist.loader_settings import LOADER_SETTINGS
 
 
 def test_groups_hold_every_setting_once() -> None:
     named = [field.name for group in GROUPS for field in fields(group)]
     assert sorted(named) == sorted(field.name for field in fields(TrainConfig))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_loader_and_its_table_of_settings_agree(loader) -> None:
+    """Each is a field of DataConfig and an argument, whose default is the first value to search and within limits."""
+    arguments = inspect.signature(LOADERS[loader].__init__).parameters
+    table = LOADER_SETTINGS[loader]
+    beside = {"loader": loader} | ({"workers": 1} if "workers" in table else {})
+    for name, setting in table.items():
+        for device in ("cpu", "cuda"):
+            first, *others = setting.search(device, 4)
+            assert arguments[name].default in (None, first) or (name, device) == ("pin_memory", "cpu")
+            for value in (first, *others):
+                assert getattr(TrainConfig(**beside | {name: value}), name) == value
+        assert name in {field.name for field in fields(DataConfig)}
 
 
 @pytest.mark.parametrize(
