@@ -31,8 +31,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from fastmnist.report.tables import number
 from fastmnist.system.environment import describe_hardware
+from fastmnist.system.numbers import number
 from fastmnist.system.statistics import LEAST_FOR_INTERVAL, Summary
 
 RATIOS = ("of_limit", "over_plain")

@@ -98,3 +98,8 @@ def preset_config(name: str, **settings: Any) -> TrainConfig:
     """
     chosen = choose_preset(name, None, lambda: False)
     return TrainConfig(**{**(PRESETS[chosen]() if chosen != "none" else {}), **settings})
+
+
+def verdict(p_value: float) -> str:
+    """PASS where the mean accuracy is above its target beyond chance, MISS otherwise."""
+    return "PASS" if p_value < SIGNIFICANCE else "MISS"

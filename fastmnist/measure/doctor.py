@@ -15,6 +15,7 @@ from fastmnist.errors import ConfigError
 from fastmnist.measure.batches import BatchCount, Epochs, kept, length_of, tensors_of, with_tensors
 from fastmnist.measure.step import fixed_batch_seconds, training_setup
 from fastmnist.system.machine import choose_device, limit_periods, synchronize
+from fastmnist.system.numbers import milliseconds, rough_percent
 from fastmnist.system.progress import Reporter
 from fastmnist.system.scheduling import CoreUse, Host, core_use, stopped_share, thread_times
 from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
@@ -108,14 +109,15 @@ class Evidence:
     def lines(self) -> list[str]:
         """The main figures as sentences."""
         step, fixed, alone, gain = self.step_seconds, self.fixed_step_seconds, self.loader_seconds, self.gain
-        parts = ", ".join(f"{name} {_percent(share)}" for name, share in self.shares.items())
+        parts = ", ".join(f"{name} {rough_percent(share)}" for name, share in self.shares.items())
         of_images = f" of {self.batch_images} images" if self.batch_images else ""
         lines = [
-            f"A step takes {_milli(step.median)} ({_milli(step.low)} to {_milli(step.high)}): {parts}.",
-            f"Of that, asking for a batch takes {_milli(self.next_seconds.median)}.",
-            f"On one fixed batch a step takes {_milli(fixed.median)}: an infinitely fast loader could train "
+            f"A step takes {milliseconds(step.median)} ({milliseconds(step.low)} to {milliseconds(step.high)}): "
+            f"{parts}.",
+            f"Of that, asking for a batch takes {milliseconds(self.next_seconds.median)}.",
+            f"On one fixed batch a step takes {milliseconds(fixed.median)}: an infinitely fast loader could train "
             f"{_times(gain.median)} ({_times(gain.low)} to {_times(gain.high)}) times as fast.",
-            f"The loader alone takes {_milli(alone.median)} for a batch.",
+            f"The loader alone takes {milliseconds(alone.median)} for a batch.",
         ]
         if self.images_per_second:
             rates = {name: f"{rate:,.0f}" for name, rate in self.images_per_second.items()}
@@ -393,17 +395,17 @@ def judge(evidence: Evidence) -> tuple[Kind, str]:
     copying = shares["copying"] if copies and shares["copying"] >= COPYING_LEAST else 0.0
     lost = host.too_few_cores if (evidence.queued_steps or 0.0) < QUEUED_LEAST else 0.0
     if lost and lost >= max(waiting, copying) * (1 - lost):
-        besides = f" (besides, the model waits for data in {_percent(waiting)} of each step)" if waiting else ""
+        besides = f" (besides, the model waits for data in {rough_percent(waiting)} of each step)" if waiting else ""
         return "host", f"{host.sentence()}{besides}."
     if copying > (shares["loading"] if waiting else 0.0):
         return "copy", (
-            f"Copying to {evidence.device} takes {_percent(copying)} of each step: without it the model could train "
-            f"{_times(1 / (1 - copying))} times as fast; copy ahead from pinned memory (pin_memory, non_blocking=True) "
-            "or keep the images on the device."
+            f"Copying to {evidence.device} takes {rough_percent(copying)} of each step: without it the model could "
+            f"train {_times(1 / (1 - copying))} times as fast; copy ahead from pinned memory (pin_memory, "
+            "non_blocking=True) or keep the images on the device."
         )
     if waiting:
         return "loader", (
-            f"The model waits for data in {_percent(waiting)} of each step: a faster loader could train "
+            f"The model waits for data in {rough_percent(waiting)} of each step: a faster loader could train "
             f"{_times(gain.median)} times as fast; try fastmnist tune."
         )
     on_cpu = torch.device(evidence.device).type == "cpu"
@@ -414,9 +416,9 @@ def judge(evidence: Evidence) -> tuple[Kind, str]:
             "or leave OMP_NUM_THREADS unset."
         )
     most, headroom = max(0.0, gain.high - 1), evidence.headroom.median
-    could = f"{_percent(most)} at most"
+    could = f"{rough_percent(most)} at most"
     if _saved(gain.high) >= WAITING_LEAST:
-        about = _percent(max(0.0, gain.median - 1))
+        about = rough_percent(max(0.0, gain.median - 1))
         could = f"about {about} ({could}: this machine is noisy, give it more seconds)"
     feeds = f"{_times(headroom)} times as fast" if headroom > 1 else "no faster than this one"
     few = f"; {host.cores} of the machine's {host.machine_cores} cores may be used" if on_cpu and host.partial else ""
@@ -426,13 +428,5 @@ def judge(evidence: Evidence) -> tuple[Kind, str]:
     )
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0995 or not share else f"{100 * share:.1f} %"
-
-
 def _times(factor: float) -> str:
     return f"{factor:,.0f}" if factor >= 9.95 else f"{factor:.1f}" if factor >= 1.95 else f"{factor:.2f}"
-
-
-def _milli(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

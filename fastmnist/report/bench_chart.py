@@ -20,8 +20,8 @@ from fastmnist.report.style import (
     text_width,
     wrapped,
 )
-from fastmnist.report.tables import number
 from fastmnist.system.environment import describe_hardware
+from fastmnist.system.numbers import number, rough_percent, times
 from fastmnist.system.statistics import LEAST_FOR_INTERVAL, ratios
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Ratio(NamedTuple):
         """In words; "as many" if the interval holds 1."""
         if self.low <= 1 <= self.high:
             return "as many"
-        return f"{times(self.median) if self.median > 1 else percent(self.median)} as many"
+        return f"{times(self.median) if self.median > 1 else rough_percent(self.median)} as many"
 
 
 def ratio(row: Row, other: Row, known: str = "") -> Ratio:
@@ -174,15 +174,6 @@ def interval(row: Row) -> tuple[float, float]:
     median = float(row["median"])
     low, high = (float(row[key]) if is_number(row.get(key)) else median for key in ("low", "high"))
     return min(low, median), max(high, median)
-
-
-def times(of: float) -> str:
-    """1.31 times, 946 times, 12,300 times."""
-    return f"{of:,.0f} times" if of >= 99.5 else f"{of:.3g} times"
-
-
-def percent(of: float) -> str:
-    return f"{100 * of:.{2 if of < 0.995 else 3}g} %"
 
 
 def describe_origin(rows: Sequence[Row]) -> list[str]:
@@ -263,7 +254,7 @@ def _amount(value: float) -> str:
 
 def _share(of: float) -> str:
     if of < 0.995:
-        return f"{percent(of)} of what memory allows"
+        return f"{rough_percent(of)} of what memory allows"
     return "as fast as memory allows" if of < 1.1 else f"{times(of)} as fast as a plain copy of memory"
 
 

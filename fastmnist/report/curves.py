@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastmnist.report.style import QUIET, RULE, TRAIN, VALIDATION, new_figure, save, share_text, styled
+from fastmnist.report.style import QUIET, RULE, TRAIN, VALIDATION, new_figure, save, styled
+from fastmnist.system import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,16 +111,12 @@ def _curves_title(steps: Sequence[Record], epochs: Sequence[Record]) -> str:
         after = f" after {done:,} step{'s' if done != 1 else ''}"
         keys = (("accuracy", "Training"),)
     seconds = _number(last, "seconds")
-    clock = "" if seconds is None else f" ({_duration(seconds)})"
+    clock = "" if seconds is None else f" ({numbers.seconds(seconds, 1)})"
     for key, name in keys:
         accuracy = _number(last, key)
         if accuracy is not None:
-            return f"{name} accuracy {share_text(accuracy)}{after}{clock}"
+            return f"{name} accuracy {numbers.probability(accuracy)}{after}{clock}"
     return f"Training{after}{clock}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _two_curves(

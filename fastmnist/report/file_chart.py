@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fastmnist.beton.format import ALLOCATION, FIELD, HEADER
 from fastmnist.beton.reader import Beton
 from fastmnist.report.style import INK, QUIET, RULE, TRAIN, VALIDATION, page, save, styled
+from fastmnist.system.numbers import megabytes
 
 LEFT, RIGHT, HEIGHT, BELOW = 0.3, 0.3, 2.6, 0.2
 COLOURS = (QUIET, "#8a6d00", "#56b4e9", VALIDATION, RULE, TRAIN, "#009e73")
@@ -51,8 +52,7 @@ def parts(file: Beton) -> list[Part]:
 def plot_layout(file: Beton, path: Path) -> None:
     """Draws the parts in order as a PNG; widths are logarithms of sizes, so that small parts are seen."""
     sections = parts(file)
-    megabytes = file.file_size / 1e6
-    heading = f"{file.path.name}: {len(file):,} images in {megabytes:,.1f} MB, read where they lie"
+    heading = f"{file.path.name}: {len(file):,} images in {megabytes(file.file_size)}, read where they lie"
     with styled():
         figure, axes = page(
             heading,
@@ -73,7 +73,7 @@ def plot_layout(file: Beton, path: Path) -> None:
             axes.text(
                 at + width / 2,
                 low,
-                f"{part.name}, {_bytes(part.size)}: {part.content}",
+                f"{part.name}, {megabytes(part.size)}: {part.content}",
                 ha="right" if right else "left",
                 va="top",
                 fontsize=9,
@@ -85,10 +85,3 @@ def plot_layout(file: Beton, path: Path) -> None:
         axes.set_ylim(-0.42 - 0.19 * len(sections), 0.3)
         axes.axis("off")
         save(figure, path, heading)
-
-
-def _bytes(size: int) -> str:
-    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size} bytes"

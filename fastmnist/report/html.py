@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastmnist.files import write_bytes
+from fastmnist.system.numbers import percent
 
 TEMPLATE = "report.html.jinja"
 MISSING = "\u2013"  # an en dash stands for a value that is not there
@@ -108,7 +109,7 @@ def _share(value: object) -> str:
     number = _number(value)
     if number is None:
         return MISSING
-    return f"{min(100 * number, 99.99) if number < 1 else 100 * number:.2f} %"
+    return percent(number)
 
 
 def _seconds(value: object) -> str:

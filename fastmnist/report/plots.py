@@ -18,11 +18,10 @@ from fastmnist.report.style import (
     VALIDATION,
     drawable,
     new_figure,
-    percent_text,
     save,
-    share_text,
     styled,
 )
+from fastmnist.system.numbers import percent, probability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +86,7 @@ def plot_confusion(confusion: npt.NDArray[np.int64], class_names: Sequence[str],
         axes.spines[:].set_visible(False)
         for row in range(count):
             total = int(confusion[row].sum())
-            share = percent_text(int(confusion[row, row]), total, 1) if total else "no images"
+            share = percent(confusion[row, row] / total, 1) if total else "no images"
             axes.text(count - 0.3, row, share, fontsize=label, color=QUIET, va="center_baseline")
         axes.text(count - 0.3, -0.75, "right", fontsize=label, color=QUIET, va="bottom")
 
@@ -164,7 +163,7 @@ def plot_predictions(
                 upper = y + place // COLUMNS * tile_height
                 _tile(axes, images[index], left, upper, side)
                 true, answer = int(labels[index]), int(predicted[index])
-                sure = share_text(float(probabilities[index, answer]))
+                sure = probability(float(probabilities[index, answer]))
                 lines = (
                     (f"true: {names[true]}", INK),
                     (f"read: {names[answer]}", colour),
@@ -207,7 +206,7 @@ def _confusion_title(
     total, right = int(confusion.sum()), int(np.trace(confusion))
     if total == 0:
         return "Nothing was evaluated", "The matrix is empty"
-    title = f"{right:,} of {total:,} right ({percent_text(right, total, 2)})"
+    title = f"{right:,} of {total:,} right ({percent(right / total)})"
     if right == total:
         return title, "No mistakes"
     row, column = divmod(int(errors.argmax()), len(names))

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastmnist.report.style import INK, QUIET, TRAIN, VALIDATION, page, save, styled
 from fastmnist.system.environment import describe_hardware
+from fastmnist.system.numbers import percent, seconds
 
 GRID = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of wrong answers
 LEFT, RIGHT, HEIGHT, BELOW = 0.9, 0.4, 3.9, 0.75
@@ -50,7 +51,7 @@ def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
         axes.axhline(mean, color=VALIDATION, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         count = "1 seed" if len(runs) == 1 else f"all {len(runs)} seeds"
         axes.annotate(
-            f"{count} at the end, mean {_percent(1 - mean)}",
+            f"{count} at the end, mean {percent(1 - mean)}",
             (0, mean),
             xytext=(6, 5),
             textcoords="offset points",
@@ -73,17 +74,9 @@ def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 def _heading(found: Mapping[str, Any]) -> str:
     return (
-        f"{_percent(found['test_accuracy_mean'])} test accuracy on {found['dataset']} after "
-        f"{_seconds(found['train_seconds_mean'])} of training"
+        f"{percent(found['test_accuracy_mean'])} test accuracy on {found['dataset']} after "
+        f"{seconds(found['train_seconds_mean'])} of training"
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value < 10 else f"{value:,.0f} s"
 
 
 def _origin(found: Mapping[str, Any]) -> str:
@@ -91,7 +84,7 @@ def _origin(found: Mapping[str, Any]) -> str:
     preset = f"preset {found['preset']}, " if found["preset"] != "none" else ""
     return (
         f"{preset}{'1 seed' if n == 1 else f'{n} seeds'}, standard deviation "
-        f"{100 * found['test_accuracy_stdev']:.2f} points and {_seconds(found['train_seconds_stdev'])}; "
+        f"{100 * found['test_accuracy_stdev']:.2f} points and {seconds(found['train_seconds_stdev'])}; "
         f"{found['train_images']:,} training images, {found['steps']:,} steps of {found['config']['batch_size']}; "
         f"{describe_hardware(found['hardware'])}; torch {found['versions']['torch']}; {found['date'][:10]}"
     )
@@ -100,6 +93,6 @@ def _origin(found: Mapping[str, Any]) -> str:
 def _clocks(found: Mapping[str, Any]) -> str:
     evaluate = np.mean([run["evaluate_seconds"] for run in found["runs"]])
     return (
-        f"Not in it: imports {_seconds(found['import_seconds'])}, data {_seconds(found['data_seconds'])}, warm-up and "
-        f"compile ({found['compile']}) {_seconds(found['compile_seconds'])}, evaluation {_seconds(float(evaluate))}."
+        f"Not in it: imports {seconds(found['import_seconds'])}, data {seconds(found['data_seconds'])}, warm-up and "
+        f"compile ({found['compile']}) {seconds(found['compile_seconds'])}, evaluation {seconds(float(evaluate))}."
     )

@@ -131,22 +131,6 @@ def save(figure: Figure, path: Path, title: str | None = None) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def share_text(share: float) -> str:
-    """A probability as per cent; 100 % and 0 % are kept for the exact values."""
-    if 0.9995 <= share < 1:
-        return ">99.9 %"
-    if 0 < share < 0.0005:
-        return "<0.1 %"
-    return f"{100 * share:.1f} %" if 0 < share < 1 else f"{100 * share:.0f} %"
-
-
-def percent_text(part: int, whole: int, digits: int) -> str:
-    """The share as per cent, never rounded up to 100."""
-    if part == whole:
-        return "100 %"
-    return f"{min(100 * part / whole, 100 - 10.0**-digits):.{digits}f} %"
-
-
 @cache
 def _glyphs() -> frozenset[int]:
     from matplotlib.font_manager import FontProperties, findfont

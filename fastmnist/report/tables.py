@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fastmnist.presets import SIGNIFICANCE
+from fastmnist.presets import verdict
 from fastmnist.system.environment import describe_hardware
+from fastmnist.system.numbers import mebibytes, rough_percent, rough_seconds, with_interval
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,35 +23,6 @@ HEADINGS = (
     "first batch",
     "peak memory",
 )
-MEBI = 1 << 20
-
-
-def number(value: float) -> str:
-    """Three digits: 23.6 M, 947,000, 24,300, 12.1, 0.86."""
-    if value >= 999_500:
-        return f"{value / 1e6:.3g} M" if value < 999.5e6 else f"{value / 1e6:,.0f} M"
-    if value >= 999.5:
-        digits = len(str(int(value)))
-        return f"{round(value, 3 - digits):,.0f}"
-    return f"{value:.3g}"
-
-
-def with_interval(found: Row, write: Any = number) -> str:
-    """The median, and the interval behind it where there is more than one value."""
-    text = str(write(found["median"]))
-    return text if found["n"] < 2 else f"{text} ({write(found['low'])} to {write(found['high'])})"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-
-
-def _memory(value: float) -> str:
-    return f"{value / MEBI:,.0f} MiB"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -59,15 +31,16 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     of_group = {(found["group"], found["name"]): found for found in rows if "error" not in found}
     loaders = [found for (group, _), found in of_group.items() if group == "loader"]
     for found in sorted(loaders, key=lambda row: -row["median"]):
+        limited = "of_limit" in found and found["kind"] != "limit"
         first, memory = (of_group.get((group, found["name"])) for group in ("first batch", "peak memory"))
         lines.append(
             (
                 found["name"],
                 with_interval(found),
                 with_interval(found["over_plain"]) if "over_plain" in found else "",
-                with_interval(found["of_limit"], _percent) if "of_limit" in found and found["kind"] != "limit" else "",
-                with_interval(first, _seconds) if first else "",
-                with_interval(memory, _memory) if memory else "",
+                with_interval(found["of_limit"], rough_percent) if limited else "",
+                with_interval(first, rough_seconds) if first else "",
+                with_interval(memory, mebibytes) if memory else "",
             )
         )
     return lines
@@ -80,7 +53,7 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         if found["group"] == "first batch" and found.get("settings", {}).get("jit_cache") == "cold":
             notes.append(
                 f"{found['name'].removesuffix(', cold')} without its cached machine code: first batch after "
-                f"{with_interval(found, _seconds)}."
+                f"{with_interval(found, rough_seconds)}."
             )
     notes += [f"{found['name']}: not measured: {found['error']}." for found in rows if "error" in found]
     measured = next((found for found in rows if "error" not in found and found["group"] == "loader"), None)
@@ -148,7 +121,7 @@ def search_table(found: Mapping[str, Any]) -> Table:
             escape(line["name"]),
             with_interval(line) if "median" in line else "",
             str(line.get("n", "")),
-            "" if memory is None else _memory(memory),
+            "" if memory is None else mebibytes(memory),
             escape(f"chosen · {status}" if line["chosen"] else status),
             style="bold" if line["chosen"] else None,
         )
@@ -190,10 +163,10 @@ def gpu_table(found: Mapping[str, Any]) -> str:
     ]
     sides = {f"{name} preset": run for name, run in found["presets"].items()}
     for name, run in (sides | {"fast99 preset, not compiled": found["graph"]}).items():
-        passes = "PASS" if run["p_value"] < SIGNIFICANCE else "MISS"
+        claim = f"{run['target']:.1%}: {verdict(run['p_value'])}, p = {run['p_value']:.2g}"
         lines.append(
             f"| {name} | {run['n']} | {run['test_accuracy_mean']:.3%} ± {run['test_accuracy_stdev']:.3%} | "
-            f"{run['target']:.1%}: {passes}, p = {run['p_value']:.2g} | {run['train_seconds_mean']:.3f} s | "
+            f"{claim} | {run['train_seconds_mean']:.3f} s | "
             f"{run['mlperf_seconds_mean']:.3f} s | {run['compile_seconds']:.1f} s |"
         )
     published = found["small CNN"]

@@ -15,10 +15,9 @@ from fastmnist.report.bench_chart import (
     interval,
     name_of,
     ratio,
-    times,
 )
 from fastmnist.report.style import INK, MARGIN, PAGE, QUIET, drawable, page, save, styled, text_width, wrapped
-from fastmnist.report.tables import number
+from fastmnist.system.numbers import number, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

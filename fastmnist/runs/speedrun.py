@@ -16,10 +16,11 @@ from scipy.stats import ttest_1samp
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.loader.loader import Loader
-from fastmnist.presets import SIGNIFICANCE
+from fastmnist.presets import verdict
 from fastmnist.system.environment import origin
 from fastmnist.system.interrupt import stop_on_ctrl_c
-from fastmnist.system.progress import Reporter, duration
+from fastmnist.system.numbers import duration
+from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import row
 from fastmnist.training.loop import fastest_convolutions
 from fastmnist.training.session import Session
@@ -102,7 +103,7 @@ class Speedrun:
         lowest, highest = min(self.accuracies), max(self.accuracies)
         claim, p = "", self.p_value
         if self.target is not None and p is not None and n >= CLAIM_SEEDS:
-            claim = f"; {'PASS' if p < SIGNIFICANCE else 'MISS'}: more than {self.target:.1%}, p = {p:.2g}"
+            claim = f"; {verdict(p)}: more than {self.target:.1%}, p = {p:.2g}"
         return (
             f"{statistics.fmean(self.accuracies):.2%} test accuracy ({lowest:.2%} to {highest:.2%}) after "
             f"{duration(statistics.fmean(self.seconds))} of training ({duration(min(self.seconds))} to "

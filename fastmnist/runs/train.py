@@ -20,7 +20,8 @@ from fastmnist.loader.loader import Loader
 from fastmnist.runs.tensorboard import summary_writer, tensorboard_events
 from fastmnist.system.environment import hardware, tuned_on, versions
 from fastmnist.system.interrupt import stop_on_ctrl_c
-from fastmnist.system.progress import Reporter, duration
+from fastmnist.system.numbers import duration
+from fastmnist.system.progress import Reporter
 from fastmnist.training.checkpoint import (
     CHECKPOINT,
     Checkpoints,

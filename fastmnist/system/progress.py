@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from fastmnist.system.numbers import duration
+
 SHOW_AFTER = 1.0  # seconds before the progress of writing a file is shown
 PLAIN_EVERY = 10.0  # seconds between two plain lines
 
@@ -101,11 +103,3 @@ class Reporter:
         if record.get("val_accuracy") is not None:
             text += f", validation accuracy {record['val_accuracy']:.2%}"
         self.say(f"{text}, {record['images_per_second']:,.0f} images/s, {duration(record['seconds'])}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 0.8 s, 42 s, 3 min 05 s."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"

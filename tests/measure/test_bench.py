@@ -16,7 +16,7 @@ from fastmnist.measure import bench as module
 from fastmnist.measure.bench import Plan, bench, bench_file, choose_contenders
 from fastmnist.measure.contenders import BY_NAME, CONTENDERS, OURS, PLAIN
 from fastmnist.measure.worker import WorkerProcess
-from fastmnist.report.tables import HEADINGS, cells, footnotes, markdown, number
+from fastmnist.report.tables import HEADINGS, cells, footnotes, markdown
 
 COUNT, BATCH = 640, 64
 SHORT = Plan(seconds=300.0, least_turns=2, first_batches=1)  # more than a busy machine takes: the turns are few
@@ -204,12 +204,3 @@ def test_the_command_writes_table_pictures_and_json(found, tmp_path, monkeypatch
     printed = capsys.readouterr().out
     assert OURS in printed
     assert "2 turns" in printed
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(23_600_000, "23.6 M"), (946_400, "946,000"), (999_400, "999,000"), (24_349, "24,300"), (1088, "1,090"),
-     (999.4, "999"), (12.14, "12.1"), (0.8567, "0.857"), (64_000_000_000, "64,000 M")],
-)  # fmt: skip
-def test_numbers_have_three_digits(value, text) -> None:
-    assert number(value) == text

@@ -188,7 +188,7 @@ def test_validation_is_the_headline_without_a_test(tmp_path):
     assert "fastmnist train --resume ." in page.text
 
 
-@pytest.mark.parametrize(("share", "text"), [(1.0, "100.00 %"), (0.99999, "99.99 %"), (0, "0.00 %"), (True, DASH)])
+@pytest.mark.parametrize(("share", "text"), [(1.0, "100 %"), (0.99999, "99.99 %"), (0, "0.00 %"), (True, DASH)])
 def test_accuracy_is_never_rounded_up_to_all(tmp_path, share, text):
     page = report(tmp_path, summary={"test_accuracy": share})
     assert f"test accuracy {text}" in page.text

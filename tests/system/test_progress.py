@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from fastmnist.system import progress
-from fastmnist.system.progress import Reporter, duration
+from fastmnist.system.progress import Reporter
 
 RECORD = {"step": 5, "epoch": 0, "loss": 0.5, "accuracy": 0.75, "images_per_second": 100.0}
 
@@ -65,10 +65,3 @@ def test_quiet_leaves_the_result_alone() -> None:
         shown.show(RECORD, epochs=1)
     shown.result("[the] result")
     assert out.getvalue() == "[the] result\n"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.84, "0.8 s"), (42.4, "42 s"), (185, "3 min 05 s"), (59.7, "1 min 00 s")]
-)
-def test_durations_read_like_speech(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
