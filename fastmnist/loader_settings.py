@@ -59,9 +59,9 @@ class LoaderSetting:
 
 
 OURS = {
-    "placement": LoaderSetting(lambda device, cores: ["auto", "resident", *(["stream"] if device != "cpu" else [])]),
+    "placement": LoaderSetting(lambda device, cores: ["auto", "resident", *(["stream"] if device == "cuda" else [])]),
     "threads": LoaderSetting(lambda device, cores: sorted({0, 1, 2, cores}), (0, 1024), _needs_gathering),
-    "prefetch": LoaderSetting(lambda device, cores: [3, 1, 2, 8] if device != "cpu" else [3], (0, 64), _needs_copies),
+    "prefetch": LoaderSetting(lambda device, cores: [3, 1, 2, 8] if device == "cuda" else [3], (0, 64), _needs_copies),
 }
 FFCV = {
     "workers": LoaderSetting(lambda device, cores: sorted({1, min(2, cores), cores}), (1, MOST_WORKERS)),
@@ -74,11 +74,11 @@ DATALOADER = {
     ),
     "prefetch_factor": LoaderSetting(lambda device, cores: [2, 4], (1, 64), _needs_workers),
     "persistent_workers": LoaderSetting(lambda device, cores: [False, True], needs=_needs_workers),
-    "pin_memory": LoaderSetting(lambda device, cores: [False, True] if device != "cpu" else [False], needs=_needs_gpu),
+    "pin_memory": LoaderSetting(lambda device, cores: [False, True] if device == "cuda" else [False], needs=_needs_gpu),
 }
 TUNED = DATALOADER | {
     "persistent_workers": LoaderSetting(lambda device, cores: [True, False], needs=_needs_workers),
-    "pin_memory": LoaderSetting(lambda device, cores: [True, False] if device != "cpu" else [False], needs=_needs_gpu),
+    "pin_memory": LoaderSetting(lambda device, cores: [True, False] if device == "cuda" else [False], needs=_needs_gpu),
 }
 LOADER_SETTINGS: Mapping[LoaderName, Mapping[str, LoaderSetting]] = {
     "ours": OURS,
