@@ -1,12 +1,12 @@
-"""Deformed copies of images: what `fastmnist compile --expand` fills its file with.
+"""Elastic and affine deformation of images, for `fastmnist compile --expand`.
 
-Each is resampled after a random affine map and a smooth random displacement of every pixel, the elastic distortion of
-P. Simard, D. Steinkraus, J. Platt, "Best practices for convolutional neural networks applied to visual document
-analysis", ICDAR 2003. The displacements are random at the points of a coarse grid, as in O. Ronneberger, P. Fischer,
-T. Brox, "U-Net", MICCAI 2015, and cubic B-splines carry them to the pixels.
+A copy is resampled after a random affine map and a smooth random displacement of every pixel: the elastic distortion
+of P. Simard, D. Steinkraus, J. Platt, "Best practices for convolutional neural networks applied to visual document
+analysis", ICDAR 2003. As in O. Ronneberger, P. Fischer, T. Brox, "U-Net", MICCAI 2015, the displacements are random at
+the points of a coarse grid, and cubic B-splines interpolate them.
 
-The kernels use additions, multiplications and divisions alone, in an order that the compiler keeps: no cosine that
-each machine rounds in its own way, so that a copy is the same everywhere.
+The kernels only add, multiply and divide, in an order that the compiler keeps. They use no cosine, which each machine
+rounds in its own way: a copy is the same everywhere.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import numpy as np
 from fastmnist.loader.jit import jit, mend_array_types
 from fastmnist.loader.warp import blend, interleave, locate, pixel_grid, scratch, transform
 
-VERSION = 1  # of the deformation: another one makes other images of the same seed
-EXPAND_STREAM = 16  # of random bits, apart from those in `fastmnist.loader.order`
+VERSION = 1  # of the deformation; each makes its own images of a seed
+EXPAND_STREAM = 16  # of random bits; other streams are in `fastmnist.loader.order`
 
-# Largest values; each draw is uniform between minus this and this.
+# Largest values; each draw is uniform from -value to value.
 HALF_ANGLE = np.float32(0.13)  # tangent of half the rotation: 15 degrees
-SCALE = np.float32(0.15)  # of each axis by itself
+SCALE = np.float32(0.15)  # of each axis, independently
 SHEAR = np.float32(0.15)
 SHIFT = np.float32(2 / 28)  # of the longer side
-ELASTIC = np.float32(3 / 28)  # of the longer side, at the grid's points; a third of it or less at most pixels
+ELASTIC = np.float32(3 / 28)  # of the longer side, at the grid's points; at most pixels a third of it or less
 
 CELLS = 4  # of the grid, along each axis
-POINTS = CELLS + 3  # along each axis: those of a cubic B-spline reach one cell beyond the image
+POINTS = CELLS + 3  # of the grid, along each axis: a cubic B-spline needs one cell beyond the image
 FIELD = POINTS * POINTS  # points of the grid
 BITS = 16  # of a draw
-WORDS = 28  # of 64 random bits for an image: its draws, rounded up to whole blocks of Philox
-DRAWS = WORDS * 64 // BITS  # the first 2 * FIELD move the grid's points, 6 more are the affine map's
-PHILOX_WORDS = 4  # to a block, which is the step of Philox.advance
-PART = 256  # images whose random bits are drawn together: they stay in the cache
-WIDE = 32  # a row's length is a multiple of it, or its loop would not run in vectors
+WORDS = 28  # 64-bit random words for an image: its draws, rounded up to whole Philox blocks
+DRAWS = WORDS * 64 // BITS  # the first 2 * FIELD displace the grid's points, the next 6 are the affine map's
+PHILOX_WORDS = 4  # in a block, the step of Philox.advance
+BATCH = 256  # images whose random bits are drawn together: they stay in the cache
+VECTOR = 32  # padded rows are multiples of it, so that their loops vectorise
 
 
 @jit
@@ -45,7 +45,7 @@ def _signed(draw):  # type: ignore[no-untyped-def]
 
 @jit
 def _affine(draws, height, width, side, matrix):  # type: ignore[no-untyped-def]
-    """matrix (2, 3) float32 = a rotation of a shear and a scale about the image's centre, then a shift."""
+    """matrix (2, 3) float32 = shift after rotation after shear and scale, about the image's centre."""
     one = np.float32(1)
     half = _signed(draws[0]) * HALF_ANGLE
     cosine, sine = (one - half * half) / (one + half * half), (half + half) / (one + half * half)
@@ -60,10 +60,10 @@ def _affine(draws, height, width, side, matrix):  # type: ignore[no-untyped-def]
 
 @jit
 def _displace(draws, strength, basis_x, basis_y, first, rows, field, to):  # type: ignore[no-untyped-def]
-    """to (H * W,) += the spline through the grid's points, of which `draws` (FIELD,) are the values.
+    """to (H * W,) += the spline with the coefficients `draws` (FIELD,) at the grid's points.
 
-    basis_x: (POINTS, wide) float32, zero beyond the width; basis_y: (4, H) float32, of the points first[y] and the
-    three below it. rows (POINTS, wide) and field (H * W + wide,) float32 are scratch.
+    basis_x: (POINTS, wide) float32, zero beyond the width. basis_y: (4, H) float32, weights of the points first[y] to
+    first[y] + 3. rows (POINTS, wide) and field (H * W + wide,) float32 are scratch.
     """
     b0, b1, b2, b3 = basis_x[0], basis_x[1], basis_x[2], basis_x[3]
     b4, b5, b6 = basis_x[4], basis_x[5], basis_x[6]
@@ -79,7 +79,7 @@ def _displace(draws, strength, basis_x, basis_y, first, rows, field, to):  # typ
     for y in range(len(first)):
         w0, w1, w2, w3 = basis_y[0, y], basis_y[1, y], basis_y[2, y], basis_y[3, y]
         r0, r1, r2, r3 = rows[first[y]], rows[first[y] + 1], rows[first[y] + 2], rows[first[y] + 3]
-        line = field[y * width : y * width + wide]  # what it has too much, the next line overwrites
+        line = field[y * width : y * width + wide]  # the next line overwrites the surplus
         for x in range(wide):
             line[x] = w0 * r0[x] + w1 * r1[x] + w2 * r2[x] + w3 * r3[x]
     for j in range(len(to)):
@@ -88,7 +88,7 @@ def _displace(draws, strength, basis_x, basis_y, first, rows, field, to):  # typ
 
 @jit
 def _deform(data, offsets, start, draws, height, width, basis_x, basis_y, first, out):  # type: ignore[no-untyped-def]
-    """out[i] = image (start + i) mod N, deformed after draws[i]; draws (n, DRAWS) uint16, out (n, H * W * C) uint8."""
+    """out[i] = image (start + i) mod N, deformed by draws[i]; draws (n, DRAWS) uint16, out (n, H * W * C) uint8."""
     pixels, wide, size = height * width, basis_x.shape[1], out.shape[1]
     channels = size // pixels
     side = np.float32(max(height, width))
@@ -110,7 +110,7 @@ def _deform(data, offsets, start, draws, height, width, basis_x, basis_y, first,
             interleave(data[at : at + size], height, width, channels, channel, padded, words)
             blend(words, places, in_x, in_y, found, values)
             row = out[i]
-            if channels == 1:  # a step that is known to be 1 vectorises
+            if channels == 1:  # a constant step of 1 vectorises
                 for j in range(pixels):
                     row[j] = np.int32(values[j] + half)
             else:
@@ -119,9 +119,12 @@ def _deform(data, offsets, start, draws, height, width, basis_x, basis_y, first,
 
 
 def spline_basis(length: int) -> np.ndarray:
-    """(POINTS, length) float64: the weight of each of the grid's points at each of `length` pixels in a line.
+    """Uniform cubic B-spline basis (I. Schoenberg, 1946): weight of each grid point at each of `length` pixels.
 
-    The uniform cubic B-spline (I. Schoenberg, 1946): the pixels' centres span CELLS cells from the second point on.
+    The pixels' centres span CELLS cells from the second point on; the weights at a pixel add up to 1.
+
+    >>> spline_basis(28).shape  # (POINTS, length) float64
+    (7, 28)
     """
     position = np.arange(length) * (CELLS / max(length - 1, 1)) + 1
     distance = np.abs(position - np.arange(POINTS)[:, None])
@@ -130,10 +133,17 @@ def spline_basis(length: int) -> np.ndarray:
 
 
 class Deformer:
-    """Makes deformed images, sample i from image i mod N, each a pure function of (seed, i).
+    """Deformed images: sample i is image i mod N, deformed by a pure function of (seed, i).
+
+    >>> images = np.full((2, 28, 28), 255, np.uint8)  # (N, H, W)
+    >>> deformer = Deformer(images.reshape(-1), np.array([0, 784]), (28, 28, 1), seed=0)
+    >>> copies = np.zeros((5, 784), np.uint8)
+    >>> deformer(1000, copies)  # samples 1000 to 1004
+    >>> bool((copies.mean(1) > 100).all())
+    True
 
     Args:
-        data, offsets, image_shape: as a Beton has them: the bytes, (N,) int64 where each image begins, (H, W, C).
+        data, offsets, image_shape: a Beton's attributes: its bytes, (N,) int64 where each image starts, (H, W, C).
         seed: 0 or more.
     """
 
@@ -142,18 +152,18 @@ class Deformer:
         self.data, self.offsets, self.seed = data, offsets, seed
         self.height, self.width, _ = image_shape
         along, down = spline_basis(self.width), spline_basis(self.height)
-        self._basis_x = np.zeros((POINTS, -(-self.width // WIDE) * WIDE), np.float32)
+        self._basis_x = np.zeros((POINTS, -(-self.width // VECTOR) * VECTOR), np.float32)
         self._basis_x[:, : self.width] = along
         line = np.arange(self.height)
         self._first = np.minimum(line * CELLS // max(self.height - 1, 1), CELLS - 1)
         self._basis_y = np.stack([down[self._first + tap, line] for tap in range(4)]).astype(np.float32)
 
     def __call__(self, start: int, out: np.ndarray) -> None:
-        """Fills `out` (n, H * W * C) uint8 with samples `start` and after; several threads may call it at once."""
+        """Fills `out` (n, H * W * C) uint8 with samples from `start` on; thread-safe."""
         sequence = np.random.SeedSequence([self.seed, 0, EXPAND_STREAM])
         philox = np.random.Philox(sequence).advance(start * (WORDS // PHILOX_WORDS))
-        for at in range(0, len(out), PART):
-            part = out[at : at + PART]
+        for at in range(0, len(out), BATCH):
+            part = out[at : at + BATCH]
             words = philox.random_raw(len(part) * WORDS).astype("<u8", copy=False)
             draws = words.view("<u2").astype(np.uint16, copy=False).reshape(len(part), DRAWS)
             _deform(
@@ -172,8 +182,8 @@ class Deformer:
 
 @jit
 def add_up(values, channels, total, squares):  # type: ignore[no-untyped-def]
-    """Adds to total and squares, (C,) int64, the sums of `values` (n,) uint8 and of their squares, by channel."""
-    part = channels << 14  # whose squares add up to less than 2^31
+    """Adds the sums of `values` (n,) uint8 and of their squares, by channel, to total and squares, (C,) int64."""
+    part = channels << 14  # values, whose squares sum to less than 2^31
     for start in range(0, len(values), part):
         some = values[start : start + part]
         for channel in range(channels):

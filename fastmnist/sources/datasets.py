@@ -1,4 +1,4 @@
-"""Where images come from: a folder of IDX files, torchvision's download, or the digits that scikit-learn bundles."""
+"""Sources of images: a folder of IDX files, torchvision's download, or scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmnist.sources.idx import IdxFile
 
 DIGITS = tuple(string.digits)
 LETTERS = tuple(string.ascii_uppercase)
-# In "balanced" and "bymerge" the lower-case letters that look like their capitals are counted as those.
+# "balanced" and "bymerge" count lower-case letters that look like their capitals as these.
 MERGED = DIGITS + LETTERS + tuple("abdefghnqrt")
 FASHION = (
     "T-shirt/top",
@@ -40,11 +40,11 @@ DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 
 @dataclass(frozen=True)
 class Dataset:
-    """A member of the MNIST family: its classes, and what its files and torchvision's class are called.
+    """A member of the MNIST family: its classes, its files, and torchvision's class for it.
 
-    files: for each split the names of the image and the label file, without .gz. first_label: the number that stands
-    for the first class in the label file. transposed: images lie on their side in the file and are put upright.
-    torchvision_options: for each of the calls that it takes to download all files.
+    files: names of the image and the label file by split, without .gz. first_label: the first class's number in the
+    label file. transposed: images lie on their side in the file. torchvision_options: one dict per call that a
+    complete download takes.
     """
 
     name: str
@@ -95,7 +95,7 @@ NAMES = (*DATASETS, "digits")
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a dataset, ready to be compiled: labels (N,) int64, images as a stream, and who they are."""
+    """One split of a dataset, ready to be written: a stream of images and labels (N,) int64."""
 
     dataset: str
     split: str
@@ -106,14 +106,14 @@ class Source:
 
 
 def check_name(name: str) -> str:
-    """Returns `name`; raises DataError with the names there are when it is none of them."""
+    """Returns `name`; raises DataError with the known names when it is none of them."""
     if name not in NAMES:
         raise DataError(f"unknown dataset {name!r}; there are {', '.join(NAMES)}")
     return name
 
 
 class _IdxImages:
-    """The images of an IDX file as a stream, put upright where the dataset has them on their side."""
+    """An IDX file's images as a stream, upright."""
 
     def __init__(self, file: IdxFile, transposed: bool) -> None:
         self.file, self.transposed = file, transposed
@@ -126,10 +126,7 @@ class _IdxImages:
 
 
 def folder_of(name: str, folder: Path) -> Path | None:
-    """The folder at or below `folder` that holds the IDX files of `name`; None where there are none.
-
-    Looked at in turn: the folder itself, its `raw`, and torchvision's layout (`MNIST/raw` and so on).
-    """
+    """The folder that holds the IDX files of `name`: `folder`, its `raw`, or torchvision's `MNIST/raw`; or None."""
     dataset = DATASETS[name]
     for candidate in (folder, folder / "raw", folder / dataset.torchvision / "raw"):
         if any(_find(candidate, stem) for names in dataset.files.values() for stem in names):
@@ -138,7 +135,7 @@ def folder_of(name: str, folder: Path) -> Path | None:
 
 
 def _find(folder: Path, stem: str) -> Path | None:
-    dotted = stem.replace("-idx", ".idx")  # as some copies have it
+    dotted = stem.replace("-idx", ".idx")  # the name in some copies
     for file in (stem, f"{stem}.gz", dotted, f"{dotted}.gz"):
         if (folder / file).is_file():
             return folder / file
@@ -154,17 +151,17 @@ def from_folder(name: str, split: str, folder: Path) -> Source:
     dataset = DATASETS[check_name(name)]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; --data-dir names one that holds the IDX files of {name}")
-    place = folder_of(name, folder) or folder
+    raw = folder_of(name, folder) or folder
     paths = []
     for stem in dataset.files[split]:
-        path = _find(place, stem)
+        path = _find(raw, stem)
         if path is None:
             raise DataError(
-                f"{place}: {stem}(.gz) is not there; --data-dir names a folder that holds the IDX files of {name}"
+                f"{raw}: {stem}(.gz) is not there; --data-dir names a folder that holds the IDX files of {name}"
             )
         paths.append(path)
     images = IdxFile(paths[0], "u1", 3)
-    qmnist = name == "qmnist"  # eight int32 columns, the first of them the class
+    qmnist = name == "qmnist"  # its labels are eight int32 columns; the first is the class
     labels_file = IdxFile(paths[1], ">i4", 2) if qmnist else IdxFile(paths[1], "u1", 1)
     if images.shape[0] != labels_file.shape[0]:
         raise DataError(
@@ -194,17 +191,17 @@ def _checked_labels(labels: np.ndarray, dataset: Dataset, path: Path) -> np.ndar
 
 
 def download(name: str, folder: Path) -> Path:
-    """Fetches `name` with torchvision, which checks the files' checksums, and returns the folder that holds them.
+    """Downloads `name` with torchvision, which checks the checksums; returns the folder of the files.
 
     Raises:
-        DataError: there is no network, or the mirrors do not answer; the message tells the way out.
+        DataError: there is no network, or the mirrors do not answer.
     """
     from torchvision import datasets
 
     dataset = DATASETS[check_name(name)]
-    found = folder_of(name, folder)
-    if found is not None and all(_find(found, stem) for names in dataset.files.values() for stem in names):
-        return found  # anything less is what an interrupted download left
+    raw = folder_of(name, folder)
+    if raw is not None and all(_find(raw, stem) for names in dataset.files.values() for stem in names):
+        return raw  # an interrupted download leaves fewer files
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -225,8 +222,8 @@ def download(name: str, folder: Path) -> Path:
 def digits(split: str) -> Source:
     """The 1,797 handwritten digits that scikit-learn bundles (E. Alpaydin, C. Kaynak, UCI 1998), at 28x28.
 
-    Their 8x8 pixels of 0 to 16 are scaled to the 20x20 box that MNIST's digits stand in. A fifth, stratified by
-    class, is the test split.
+    Their 8x8 pixels of 0 to 16 are scaled to the 20x20 box of MNIST's digits. A fifth, stratified by class, is the
+    test split.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -235,8 +232,8 @@ def digits(split: str) -> Source:
     bunch = load_digits()
     small = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     images = np.zeros((len(small), 28, 28), np.uint8)
-    for image, eight in zip(images, small, strict=True):
-        image[4:24, 4:24] = np.asarray(Image.fromarray(eight).resize((20, 20), Image.Resampling.BICUBIC))
+    for image, pixels in zip(images, small, strict=True):
+        image[4:24, 4:24] = np.asarray(Image.fromarray(pixels).resize((20, 20), Image.Resampling.BICUBIC))
     parts = train_test_split(
         np.arange(len(images)),
         test_size=DIGITS_TEST_SHARE,

@@ -1,4 +1,4 @@
-"""IDX files, the format that MNIST comes in (Y. LeCun, C. Cortes, C. Burges: the MNIST database), raw or gzipped.
+"""IDX files, the format of the MNIST database (Y. LeCun, C. Cortes, C. Burges), raw or gzipped.
 
 Four bytes of magic (two zeros, the type, the number of dimensions), one big-endian uint32 per dimension, the values.
 """
@@ -19,11 +19,11 @@ from fastmnist.errors import DataError
 
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_DIMENSIONS = 8
-LARGEST_READ = 1 << 24  # bytes
+MAX_READ = 1 << 24  # bytes
 
 
 class IdxFile:
-    """An IDX file, its header read and checked; values are read in blocks, so that any size fits in memory.
+    """An IDX file with a checked header; its values are read in blocks, so that any size fits in memory.
 
     Args:
         path: the file; a name that ends in .gz is unzipped on the way.
@@ -31,7 +31,7 @@ class IdxFile:
         ndim: the number of dimensions that it must have.
 
     Raises:
-        DataError: naming the file, what was found and what was needed.
+        DataError: it is missing, no IDX file, or of another type or number of dimensions.
     """
 
     def __init__(self, path: Path, dtype: str = "u1", ndim: int = 1) -> None:
@@ -45,17 +45,17 @@ class IdxFile:
             )
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """Arrays of `rows` entries along the first dimension, the last one of what is left."""
+        """Arrays (rows, *shape[1:]), the last one shorter."""
         row_size = self.dtype.itemsize * math.prod(self.shape[1:])
         with self._open() as file:
             self._read_header(file)
             for start in range(0, self.shape[0], rows):
                 count = min(rows, self.shape[0] - start)
-                content = _take(file, count * row_size)
+                content = _read(file, count * row_size)
                 if len(content) != count * row_size:
-                    found = start * row_size + len(content)
+                    size = start * row_size + len(content)
                     raise DataError(
-                        f"{self.path}: has {found:,} bytes of values where its header {self.shape} asks for "
+                        f"{self.path}: has {size:,} bytes of values where its header {self.shape} asks for "
                         f"{self.shape[0] * row_size:,}; it is cut short or its header is wrong: fetch it again"
                     )
                 yield np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:])
@@ -66,13 +66,13 @@ class IdxFile:
                 )
 
     def read(self) -> np.ndarray:
-        """All values at once, checked to the file's end."""
+        """All values."""
         return np.concatenate(list(self.blocks(self.shape[0])))
 
     def checksum(self) -> str:
-        """Identifies the file's bytes as they lie on disk: CRC-32 and size."""
+        """CRC-32 and size of the file's bytes on disk."""
         checksum, size = 0, 0
-        with _reading(self.path), open(self.path, "rb") as file:
+        with _data_errors(self.path), open(self.path, "rb") as file:
             while chunk := file.read(1 << 22):
                 checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
         return f"{checksum:08x}-{size}"
@@ -80,7 +80,7 @@ class IdxFile:
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
         opener: Any = gzip.open if self.path.suffix == ".gz" else open
-        with _reading(self.path), opener(self.path, "rb") as file:
+        with _data_errors(self.path), opener(self.path, "rb") as file:
             yield file
 
     def _read_header(self, file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -100,18 +100,18 @@ class IdxFile:
         return np.dtype(IDX_TYPES[magic[2]]), shape
 
 
-def _take(file: IO[bytes], size: int) -> bytes:
-    """`size` bytes or what is left; in parts, because a header that lies must not reserve memory."""
+def _read(file: IO[bytes], size: int) -> bytes:
+    """`size` bytes or what is left; in parts, so that a lying header reserves no memory."""
     parts = []
-    while size > 0 and (part := file.read(min(size, LARGEST_READ))):
+    while size > 0 and (part := file.read(min(size, MAX_READ))):
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what open, read and gunzip raise into a DataError that names the file."""
+def _data_errors(path: Path) -> Iterator[None]:
+    """Turns the errors of opening, reading and unzipping into a DataError that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
