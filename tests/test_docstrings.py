@@ -17,7 +17,8 @@ MODULES = [
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples_give_what_they_show(module: str) -> None:
+def test_examples_give_what_they_show(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write a file
     outcome = doctest.testmod(import_module(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0
