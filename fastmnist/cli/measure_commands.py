@@ -128,13 +128,14 @@ def tune_command(options: Any) -> int:
     from fastmnist.system.progress import Reporter
 
     reporter = Reporter(options.quiet)
-    loader = options.loader
-    config = replace(configure(options)[0], loader="ours" if loader == "all" else loader)
+    if options.loader == "all":
+        options.given["loader"] = "ours"
+    config, _ = configure(options)
     with new_folder(config.out, "tune") as folder:
         with reporter.working() as progress:
             result = tune(
                 config,
-                loader=loader,
+                loader=options.loader,
                 budget=options.budget,
                 loader_only=options.loader_only,
                 max_memory=None if options.max_memory is None else int(options.max_memory * 1e6),

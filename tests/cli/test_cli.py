@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fastmnist import files
 from fastmnist.cli.main import COMMANDS, main
+from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.report.tables import evaluation_tables
 
@@ -303,6 +304,25 @@ def test_an_error_is_one_line_and_an_exit_status(
     assert " ".join(str(error).split()) in line
     defect = isinstance(error, ZeroDivisionError)  # the only one of which --debug shows more
     assert [fact in line for fact in ("ZeroDivisionError", "--debug")] == [defect, defect]
+
+
+@pytest.mark.parametrize(("named", "configured"), [("all", "ours"), ("tuned", "tuned"), (None, "ours")])
+def test_tune_takes_one_loader_or_all(
+    named: str | None, configured: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken = []
+
+    def take(config: TrainConfig, *, loader: str, **_: object) -> None:
+        taken.append((config.loader, config.batch_size, loader))
+        raise ConfigError("taken")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastmnist.measure.tune.tune", take)
+    flags = [] if named is None else ["--loader", named]
+    assert main(["tune", "--batch-size", "48", *flags]) == 2
+    assert taken == [(configured, 48, named or "ours")]
+    assert main(["tune", "--loader", "fast"]) == 2
+    assert len(taken) == 1
 
 
 def test_compile_says_what_it_did(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
