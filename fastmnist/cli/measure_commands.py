@@ -24,23 +24,14 @@ from fastmnist.cli.parser import (
 def bench_parser() -> Parser:
     parser = new_parser("Benchmark the loaders on this machine: one table, one picture, in under 3 minutes.")
     parser.add_argument("--quick", action="store_true", help="Only the most telling loaders, in half a minute.")
-    parser.add_argument(
-        "--dataset", type=Optional[str], help="As for train; by default mnist, or digits if mnist is unavailable."
-    )
+    parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
     add_data_flags(parser, dataset=False)
     parser.add_argument("--batch-size", type=int, default=512, help="Images per batch.")
     parser.add_argument("--device", type=str, default="auto", help="Device of the batches: auto, cpu, cuda and so on.")
     parser.add_argument(
-        "--only",
-        type=Optional[str],
-        metavar="NAMES",
-        help="Only these loaders, by their names in the table, separated by ';'.",
+        "--only", type=Optional[str], metavar="NAMES", help="Measure only these, named as in the table: a;b."
     )
-    parser.add_argument(
-        "--out",
-        type=Optional[str],
-        help="Folder of the table, the pictures and the JSON; by default runs/<date>-bench-<n>.",
-    )
+    parser.add_argument("--out", type=Optional[str], help="Folder of results; by default runs/<date>-bench-<n>.")
     return parser
 
 
@@ -100,23 +91,13 @@ def doctor_command(options: Any) -> int:
 
 def tune_parser() -> Parser:
     parser = new_parser("Tune a run's loader on this machine: find the fastest settings, as YAML for train --config.")
-    parser.add_argument(
-        "--budget", type=float, default=30.0, help="Seconds in all; at least two settings are compared."
-    )
+    parser.add_argument("--budget", type=float, default=30.0, help="Seconds; at least two settings are compared.")
     parser.add_argument("--loader-only", action="store_true", help="Measure the loader without the model.")
+    parser.add_argument("--max-memory", type=Optional[float], metavar="MB", help="Memory limit of loaders (megabytes).")
     parser.add_argument(
-        "--max-memory",
-        type=Optional[float],
-        metavar="MB",
-        help="Most memory that the loaders on trial may take (megabytes).",
+        "--batch-sizes", type=List[int], default=[], help="Try these too, [128,256]; they train differently."
     )
-    parser.add_argument(
-        "--batch-sizes",
-        type=List[int],
-        default=[],
-        help="Batch sizes to try too, as [128,256]; they change the training.",
-    )
-    parser.add_argument("--orders", type=List[str], default=[], help="Orders to try too, as [quasi_random].")
+    parser.add_argument("--orders", type=List[str], default=[], help="Try these orders too: [quasi_random].")
     add_run_flags(parser, loader="ours, ffcv, dataloader, tuned, tensors, or all.")
     return parser
 
@@ -156,11 +137,7 @@ def tune_command(options: Any) -> int:
 def speedrun_parser() -> Parser:
     parser = new_parser("Repeat a run with many seeds: accuracy and training seconds, their spread and a picture.")
     parser.add_argument("--seeds", type=int, default=20, help="Number of runs, with consecutive seeds from --seed.")
-    parser.add_argument(
-        "--shifted",
-        action="store_true",
-        help="Also evaluate with each test image averaged over its shifts by one pixel.",
-    )
+    parser.add_argument("--shifted", action="store_true", help="Also average over one-pixel shifts of test images.")
     add_run_flags(parser)
     return parser
 
@@ -194,23 +171,17 @@ def speedrun_command(options: Any) -> int:
 
 def ladder_parser() -> Parser:
     parser = new_parser("Climb from a plain training script to the fast run: the gain of each rung on this machine.")
-    parser.add_argument(
-        "--quick", action="store_true", help="One seed and a quarter of the images: 2 minutes on two cores."
-    )
+    parser.add_argument("--quick", action="store_true", help="One seed, a quarter of the images: two minutes.")
     parser.add_argument("--seeds", type=Optional[int], help="Runs per rung; by default 3, with --quick 1.")
     parser.add_argument(
         "--images",
         type=Optional[int],
         help="Training images per run; by default 12,000 on a CPU and 120,000 on a GPU, with --quick a quarter.",
     )
-    parser.add_argument(
-        "--dataset", type=Optional[str], help="As for train; by default mnist, or digits if mnist is unavailable."
-    )
+    parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
     add_data_flags(parser, dataset=False)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda and so on.")
-    parser.add_argument(
-        "--out", type=Optional[str], help="Folder for table, picture and JSON; by default runs/<date>-ladder-<n>."
-    )
+    parser.add_argument("--out", type=Optional[str], help="Folder of results; by default runs/<date>-ladder-<n>.")
     return parser
 
 
