@@ -245,7 +245,7 @@ class Beton:
 
     def _check_labels(self) -> None:
         if not self.num_samples:
-            raise DataError(f"{self.path}: holds no sample; compile a source that has images")
+            raise DataError(f"{self.path}: holds no sample; write it from a source that has images")
         names = self.integrity.class_names if self.integrity else ()
         upper = len(names) or np.iinfo(np.int64).max
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= upper))
