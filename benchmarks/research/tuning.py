@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastmnist.baselines.workers import of_workers
+from fastmnist.baselines.workers import worker_settings
 from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
 from fastmnist.measure.halving import Candidate, OpenLoader, Settings, combinations
@@ -45,7 +45,7 @@ class SlowSource(Dataset[Any]):
 
 def slow_loader(num_workers: int, prefetch_factor: int) -> DataLoader[Any]:
     ahead = {"prefetch_factor": prefetch_factor, "persistent_workers": True} if num_workers else {}
-    return DataLoader(SlowSource(), 64, **of_workers(num_workers), **ahead)
+    return DataLoader(SlowSource(), 64, **worker_settings(num_workers), **ahead)
 
 
 def without_effect(settings: Settings) -> Settings:

@@ -18,10 +18,10 @@ from fastmnist.baselines.dataloaders import Baseline, Data
 from fastmnist.baselines.workers import LONGEST_WAIT
 from fastmnist.errors import ConfigError
 from fastmnist.loader.epochs import Batch
-from fastmnist.loader.order import Window
+from fastmnist.loader.order import EpochPlan
 from fastmnist.loader_settings import FFCV, checked_numbers
 
-LOOK_AGAIN = 0.5  # seconds between two looks at whether a thread that is waited for still runs
+LIVENESS_SECONDS = 0.5  # between two checks that FFCV's thread still runs while its batch is waited for
 HOW_TO_GET_FFCV = (
     "on Debian and Ubuntu: apt-get install libopencv-dev libturbojpeg0-dev pkg-config, then "
     "pip install 'fastmnist[ffcv]'; on Colab the same two lines, each with ! before it"
@@ -31,17 +31,17 @@ HOW_TO_GET_FFCV = (
 class FFCVLoader(Baseline):
     """FFCV's own Loader over the same file (G. Leclerc et al., "FFCV: Accelerating training", CVPR 2023).
 
-    It orders an epoch in its own way: `epoch_indices` says how. It cannot begin within an epoch: to resume there, the
-    batches that were handed out are read once more. FFCV sets the number of threads of torch and of numba for the
-    whole process; both are put back. What stays are the threads that numba keeps once they are started, and numba's
-    types of arrays, which FFCV makes read-only: `Loader` mends them for itself (`jit.mend_array_types`).
+    Epochs have FFCV's own order. FFCV cannot begin within an epoch: to resume there, the batches that were handed out
+    are read again. It sets the number of threads of torch and of numba for the whole process; both are restored. Two
+    effects stay: the threads that numba has started, and numba's array types, which FFCV makes read-only; `Loader`
+    mends those for itself (`kernels.mend_array_types`).
 
     Args:
         data, batch_size, common: as for `Loader`, without `dtype` and `augment`. FFCV has no `uneven` and no ranks.
         workers: threads that gather a batch, at most as many as numba has.
-        batches_ahead: that are ready before they are asked for.
-        os_cache: read through the system's page cache; False reads pages into memory of FFCV's own.
-        reuse_buffers: hand out FFCV's own memory, which is valid until the next batch is asked for, not a copy of it.
+        batches_ahead: ready before they are asked for.
+        os_cache: read through the system's page cache; False reads pages into FFCV's own memory.
+        reuse_buffers: hand out FFCV's own memory, valid until the next batch, instead of a copy.
 
     Yields:
         images uint8.
@@ -90,7 +90,7 @@ class FFCVLoader(Baseline):
                 drop_last=self.drop_last,
                 batches_ahead=batches_ahead,
             )
-        # FFCV shuffles this in place, so that an epoch's quasi-random order would depend on what was asked before.
+        # FFCV shuffles this in place, which would make an epoch's quasi-random order depend on earlier calls.
         self._pages_before = getattr(self._loader.traversal_order, "page_to_samples_array", np.empty(0)).copy()
 
     @property
@@ -103,43 +103,40 @@ class FFCVLoader(Baseline):
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"order": f"ffcv {self.order}"}
 
-    def _set_epoch_of_ffcv(self, epoch: int) -> None:
-        self._loader.next_epoch = epoch
-        self._loader.traversal_order.page_to_samples_array = self._pages_before.copy()
+    def _plan(self, epoch: int) -> EpochPlan:
+        traversal = self._loader.traversal_order
+        traversal.page_to_samples_array = self._pages_before.copy()
+        return EpochPlan(epoch, np.array(traversal.sample_order(epoch), np.int64))
 
-    def _samples(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
-        self._set_epoch_of_ffcv(epoch)
-        return np.array(self._loader.next_traversal_order(), np.int64), []
-
-    def _run(self, epoch: int, first: int) -> Generator[Batch]:
+    def _run(self, plan: EpochPlan, first: int) -> Generator[Batch]:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with ExitStack() as leaving:
             with _thread_counts_kept(), on_device:
                 if self.os_cache:
-                    _ = self._loader.memory_manager.state_type  # see jit.mend_array_types: FFCV compiles by this
-                self._set_epoch_of_ffcv(epoch)
+                    _ = self._loader.memory_manager.state_type  # FFCV compiles by it: see kernels.mend_array_types
+                self._loader.next_traversal_order = lambda: plan.rows
                 thread = iter(self._loader)
                 leaving.callback(_end, thread)
-                self._wait(thread)  # it sets the thread counts too, before its first batch
+                self._wait(thread)  # the thread sets the thread counts too, before its first batch
             for number in range(len(self)):
                 self._wait(thread)
-                found = next(thread)
+                fields = next(thread)
                 if number >= first:
-                    yield self._batch(found)
+                    yield self._batch(fields)
 
     def _wait(self, thread: Any) -> None:
-        """Until FFCV's thread has put something into its queue: it puts nothing when it fails."""
+        """Waits for a batch in the queue of FFCV's thread, which puts nothing there when it fails."""
         waiting = thread.output_queue
         with waiting.not_empty:
             while not waiting.queue:
                 if not thread.is_alive():
                     raise RuntimeError(f"{self.file.path}: FFCV's thread ended by an error, which is printed above")
-                waiting.not_empty.wait(LOOK_AGAIN)
+                waiting.not_empty.wait(LIVENESS_SECONDS)
 
-    def _batch(self, found: Sequence[torch.Tensor]) -> Batch:
-        fields = dict(zip(self._loader.pipeline_specs, found, strict=True))  # in the file's order, not the pipelines'
-        labels = fields[self.file.label_field].view(-1)
-        images = fields[self.file.image_field].view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
+    def _batch(self, fields: Sequence[torch.Tensor]) -> Batch:
+        named = dict(zip(self._loader.pipeline_specs, fields, strict=True))  # in the file's order, not the pipelines'
+        labels = named[self.file.label_field].view(-1)
+        images = named[self.file.image_field].view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
         if not self.reuse_buffers:
             images, labels = images.clone(), labels.clone()
         return images.to(self.device), labels.to(self.device)
@@ -152,32 +149,32 @@ class FFCVLoader(Baseline):
 def _import_ffcv() -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # FFCV 1.0 is of 2023: what it says of today's numpy and numba is known
+            warnings.simplefilter("ignore")  # FFCV 1.0 of 2023 warns about today's numpy and numba
             import ffcv.fields.decoders
             import ffcv.loader
             import ffcv.transforms
-    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+    except (ImportError, OSError) as error:  # OSError: it lacks a shared library
         raise ConfigError(f"FFCV's loader needs ffcv, which cannot be imported ({error}); {HOW_TO_GET_FFCV}") from error
     return ffcv
 
 
 @contextmanager
 def _thread_counts_kept() -> Iterator[None]:
-    of_torch, of_numba = torch.get_num_threads(), numba.get_num_threads()
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
     finally:
-        torch.set_num_threads(of_torch)
-        numba.set_num_threads(of_numba)
+        torch.set_num_threads(torch_threads)
+        numba.set_num_threads(numba_threads)
 
 
 def _end(thread: Any) -> None:
-    """Ends FFCV's thread within an epoch: by itself it may wait for ever to be rid of its last batch."""
+    """Ends FFCV's thread within an epoch; by itself it may wait forever to hand over its last batch."""
     thread.terminate_event.set()
     thread.iter_ixes = iter(())  # nothing more to load
     give_up = time.monotonic() + LONGEST_WAIT
     while thread.is_alive() and time.monotonic() < give_up and not sys.is_finalizing():
         with suppress(queue.Empty):
-            thread.output_queue.get_nowait()  # room for what it puts
+            thread.output_queue.get_nowait()  # room for its next batch
         thread.join(0.01)
-    thread.close()  # the threads that read pages for it
+    thread.close()  # ends its page-reading threads

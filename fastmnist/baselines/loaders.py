@@ -1,4 +1,4 @@
-"""Other ways to load the same samples, behind the interface of `Loader`, so that whole runs can be compared."""
+"""All loaders behind the interface of `Loader`, so that whole runs can be compared."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from fastmnist.baselines.dataloaders import Baseline, Data, PlainDataLoader, TunedDataLoader
 from fastmnist.baselines.ffcv_loader import FFCVLoader
 from fastmnist.loader.epochs import Batch, EpochLoader
+from fastmnist.loader.host import SampleCopy
 from fastmnist.loader.loader import Loader
+from fastmnist.loader.order import EpochPlan
 
 __all__ = ["LOADERS", "FFCVLoader", "PlainDataLoader", "TensorLoader", "TunedDataLoader"]
 
 
 class TensorLoader(Baseline):
-    """All images as one tensor on the device; a batch is its rows at a part of the epoch's permutation.
+    """All images as one tensor on the device, indexed with slices of the epoch's permutation.
 
     Args:
         data, batch_size, common: as for `Loader`, without `dtype` and `augment`.
@@ -27,13 +29,14 @@ class TensorLoader(Baseline):
 
     def __init__(self, data: Data, batch_size: int = 512, **common: Any) -> None:
         super().__init__(data, batch_size, **common)
-        images, labels = self._copy()
-        self._images, self._labels = images.to(self.device), labels.to(self.device)
+        copy = SampleCopy(self.file, self.indices)
+        self._images = torch.from_numpy(copy.images).view(-1, *self.file.image_shape).to(self.device)
+        self._labels, self._places = torch.from_numpy(copy.labels).to(self.device), copy.places
 
-    def _run(self, epoch: int, first: int) -> Generator[Batch]:
-        positions = torch.from_numpy(self._positions(epoch, first)).to(self.device)
-        for at in range(0, len(positions), self.batch_size):
-            chosen = positions[at : at + self.batch_size]
+    def _run(self, plan: EpochPlan, first: int) -> Generator[Batch]:
+        places = torch.from_numpy(self._places[plan.rows[: self._taken]]).to(self.device)
+        for at in range(first * self.batch_size, len(places), self.batch_size):
+            chosen = places[at : at + self.batch_size]
             yield self._images.index_select(0, chosen).permute(0, 3, 1, 2), self._labels.index_select(0, chosen)
 
     def close(self) -> None:

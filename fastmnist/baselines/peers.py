@@ -1,7 +1,7 @@
-"""Other projects' loaders, to hold ours against: each in its own format, set up as its documentation advises for speed.
+"""Other projects' loaders, each with its own format, set up as its documentation advises for speed.
 
-Their packages are imported only where they are used. Where a library reads sample by sample, the cheapest form that it
-offers was taken, by measurement.
+Their packages are imported only where they are used. Of a library that reads sample by sample, its cheapest way was
+chosen by measurement.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 from joblib import cpu_count
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, get_worker_info
 
-from fastmnist.baselines.workers import batches_of, of_workers, unchanged
+from fastmnist.baselines.workers import batches_of, unchanged, worker_settings
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 SHARDS = 16  # of a dataset that is shuffled shard by shard
-BUFFER = 1000  # samples that are shuffled together, where a peer shuffles in a buffer: what their documentation takes
+BUFFER = 1000  # samples in a shuffle buffer: the number in the peers' documentation
 MOST_THREADS = 16  # Grain's own default
 
 
 class Peer(ABC):
-    """A loader to compare with. An object keeps what it opened, and its workers, from one epoch to the next.
+    """A loader to compare with. An object keeps its files open, and its workers, from one epoch to the next.
 
     Attributes:
-        name: for command lines. title: for tables.
-        package: what pip installs. module: what is imported.
-        extra: of fastmnist's, which brings it.
+        name: on command lines. title: in tables.
+        package: for pip to install. module: to import.
+        extra: of fastmnist, which installs the package.
         workers_advised: processes with which it was fastest on two cores, for MNIST in batches of 512.
     """
 
@@ -51,23 +51,23 @@ class Peer(ABC):
 
     @abstractmethod
     def epoch(self, folder: Path, batch_size: int, epoch: int, seed: int, workers: int) -> Iterator[Batch]:
-        """One shuffled epoch of what was written there; every sample comes once.
+        """One shuffled epoch of the samples written to `folder`; every sample comes once.
 
         Args:
             workers: processes that load; 0 loads in this one. They are not forked from this process: a script that
-                asks for them needs `if __name__ == "__main__"`.
+                uses them needs `if __name__ == "__main__"`.
 
         Yields:
-            images uint8 with B * H * W * C values, in a shape that begins with B, and labels (B,) int64. B is
-            `batch_size` but in the last batch; where a class says so, in the last batch of each worker. The order is
-            a function of (seed, epoch, workers).
+            images uint8 of B * H * W * C values, in a shape that begins with B, and labels (B,) int64. B is
+            `batch_size` but for the last batch, or, where a class says so, the last batch of each worker. The order
+            is a function of (seed, epoch, workers).
         """
 
 
 def missing(peer: type[Peer]) -> str | None:
-    """Which package the peer lacks and how to get it, in a sentence; None when it is installed.
+    """A sentence with the peer's missing package and how to get it; None when it is installed.
 
-    Nothing is imported for it: that takes seconds, and may change what is measured in this process.
+    Nothing is imported to find out: that takes seconds, and may change what is measured in this process.
     """
     try:
         version(peer.package)
@@ -77,16 +77,16 @@ def missing(peer: type[Peer]) -> str | None:
 
 
 class _Kept(Peer):
-    """Epochs of a loader that is made once, as long as each epoch follows the one before with the same settings."""
+    """A loader that is kept as long as each epoch follows the one before with the same settings."""
 
     def __init__(self) -> None:
-        self._next: tuple[Any, ...] = ()  # what the loader can go on with
+        self._next: tuple[Any, ...] = ()  # the epoch and settings that the loader can continue with
         self._loader: Any = None
 
     def epoch(self, folder: Path, batch_size: int, epoch: int, seed: int, workers: int) -> Iterator[Batch]:
         settings = (folder, batch_size, seed, workers)
-        known, self._next = self._next, ()
-        if known != (epoch, *settings):
+        expected, self._next = self._next, ()
+        if expected != (epoch, *settings):
             self._end()
             self._loader = self._make(folder, batch_size, epoch, seed, workers)
         yield from self._run(self._loader, epoch, seed)
@@ -94,16 +94,16 @@ class _Kept(Peer):
 
     @abstractmethod
     def _make(self, folder: Path, batch_size: int, epoch: int, seed: int, workers: int) -> Any:
-        """A loader that begins with that epoch and goes on with those after it."""
+        """A loader that begins with that epoch and continues with those after it."""
 
     def _run(self, loader: Any, epoch: int, seed: int) -> Iterator[Batch]:
-        """The loader's next epoch, which is that one."""
+        """The loader's next epoch, number `epoch`."""
         return batches_of(loader)
 
     def _end(self) -> None:
-        """Lets go of the loader, whose workers end with it."""
+        """Releases the loader, whose workers end with it."""
         if hasattr(self._loader, "_iterator"):
-            self._loader._iterator = None  # litData's refers back to it: their end would wait for a garbage collection
+            self._loader._iterator = None  # litData's refers back: the workers would wait for a garbage collection
         self._loader = None
 
     def __del__(self) -> None:
@@ -115,8 +115,8 @@ class HFDatasets(_Kept):
 
     For shuffled reading the documentation advises an IterableDataset of shards with a shuffle buffer, because a
     shuffled Dataset may be ten times slower ("Differences between Dataset and IterableDataset"), and the Arrow format
-    for zero-copy batches ("Use with PyArrow"). Images are lists of fixed length: their rows lie side by side. Before
-    version 5.1 the buffer takes row by row, a hundred times slower. Each worker ends with a batch of its own size.
+    for zero-copy batches ("Use with PyArrow"). Images are lists of fixed length, whose rows lie side by side. Before
+    version 5.1 the buffer works row by row, a hundred times slower. Each worker's last batch has a size of its own.
     """
 
     name, title, package, module = "hf-datasets", "HF datasets", "datasets", "datasets"
@@ -138,12 +138,12 @@ class HFDatasets(_Kept):
         return DataLoader(batches, None, collate_fn=unchanged, **_persistent(workers))
 
     def _run(self, loader: Any, epoch: int, seed: int) -> Iterator[Batch]:
-        loader.dataset.rows.set_epoch(epoch)  # in shared memory: the workers see it too
+        loader.dataset.rows.set_epoch(epoch)  # in shared memory, which the workers see
         return batches_of(loader)
 
 
 class _ArrowBatches(IterableDataset[Batch]):
-    """An IterableDataset of Hugging Face in Arrow format, shuffled batches; each worker takes shards of its own."""
+    """Shuffled batches of a Hugging Face IterableDataset in Arrow format; each worker takes its own shards."""
 
     def __init__(self, rows: Any, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
@@ -161,10 +161,10 @@ class _ArrowBatches(IterableDataset[Batch]):
 class WebDataset(_Kept):
     """WebDataset: tar files that are read in sequence, shuffled by shard and in a buffer, batched in the pipeline.
 
-    The documentation advises many shards, shuffled, with a buffer for samples behind them ("The webdataset Pipeline
-    API" in the README), and to make batches in the workers, since passing single samples between processes is slow
-    (README of its example wds-distributed). A sample is one file, label before image: a second file would double the
-    time. The order is that of seed + epoch. Each worker ends with a batch of its own size.
+    The documentation advises many shuffled shards and a shuffle buffer for their samples ("The webdataset Pipeline API"
+    in the README), and to make batches in the workers, because passing single samples between processes is slow
+    (README of its example wds-distributed). A sample is one file, label before image: two files would double the time.
+    The order is that of seed + epoch. Each worker's last batch has a size of its own.
     """
 
     name, title, package, module = "webdataset", "WebDataset", "webdataset", "webdataset"
@@ -172,7 +172,7 @@ class WebDataset(_Kept):
 
     def write(self, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
         wds = importlib.import_module(self.module)
-        # A whole number as the time of each file: a fraction costs a second header, and half the speed of reading.
+        # A whole number as each file's time: a fraction costs a second header, and half the reading speed.
         with wds.ShardWriter(str(folder / "%06d.tar"), -(-len(images) // SHARDS), verbose=0, mtime=0) as sink:
             for index, record in enumerate(_records(images, labels)):
                 sink.write({"__key__": f"{index:09d}", "bin": record})
@@ -199,11 +199,11 @@ class Streaming(_Kept):
     """
 
     name, title, package, module = "streaming", "MosaicML Streaming", "mosaicml-streaming", "streaming"
-    extra = "peers-streaming"  # version 0.13 wants older packages than a Hugging Face datasets that is fast
+    extra = "peers-streaming"  # version 0.13 needs older packages than a fast version of Hugging Face datasets
     workers_advised = 2
 
     def write(self, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-        shape = ",".join(map(str, images.shape[1:]))  # with a shape that is known, no sample has a header
+        shape = ",".join(map(str, images.shape[1:]))  # a fixed shape spares each sample a header
         columns = {"image": f"ndarray:uint8:{shape}", "label": "int64"}
         with importlib.import_module(self.module).MDSWriter(out=str(folder), columns=columns) as out:
             for image, label in zip(images, labels, strict=True):
@@ -224,15 +224,15 @@ class LitData(_Kept):
     """litData: chunks of 64 MB that are memory-mapped, read by its StreamingDataLoader.
 
     The documentation advises to optimise the data into chunks of arrays, its own StreamingDataLoader, and the default
-    shuffle, which permutes blocks of 256 samples and the samples in each, so that what was decoded together is used
-    together ("Speed up model training" and "Shuffle, seed, and drop_last" in the README).
+    shuffle, which permutes blocks of 256 samples and the samples in each, to use together what was decoded together
+    ("Speed up model training" and "Shuffle, seed, and drop_last" in the README).
     """
 
     name, title, package, module = "litdata", "litData", "litdata", "litdata"
     workers_advised = 2
 
     def write(self, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-        # What `litdata.optimize` runs in processes of its own, which would need to get the images.
+        # `litdata.optimize` does this in processes of its own, to which the images would have to be sent.
         cache = importlib.import_module("litdata.streaming").Cache(str(folder), chunk_bytes="64MB")
         for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             cache[index] = {"image": image, "label": label}
@@ -264,7 +264,7 @@ class Grain(_Kept):
     workers_advised = 2
 
     def write(self, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-        importlib.import_module(self.module)  # says what is missing; it brings the next one
+        importlib.import_module(self.module)  # fails first if missing; it brings the next one
         files = importlib.import_module("array_record.python.array_record_module")
         writer = files.ArrayRecordWriter(str(folder / "samples.array_record"), "group_size:1,uncompressed")
         for record in _records(images, labels):
@@ -276,7 +276,7 @@ class Grain(_Kept):
         source = grain.sources.ArrayRecordDataSource(str(folder / "samples.array_record"))
         batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).batch(batch_size, batch_fn=_FromFile(source))
         threads = max(1, min(MOST_THREADS, cpu_count()) // max(1, workers))
-        # Indices beyond the end are those of later epochs, each in an order of its own.
+        # Indices beyond the end belong to later epochs, each in its own order.
         ahead = batches.repeat()[epoch * len(batches) :].to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
         if workers:
             ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -288,7 +288,7 @@ class Grain(_Kept):
 
 
 class _FromFile:
-    """Which samples -> a batch of them as arrays."""
+    """A batch of samples, by their numbers, as arrays."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -314,7 +314,7 @@ class TensorDict(_Kept):
     def _make(self, folder: Path, batch_size: int, epoch: int, seed: int, workers: int) -> Any:
         samples = importlib.import_module(self.module).TensorDict.load_memmap(str(folder))
         order = RandomSampler(range(len(samples)), generator=torch.Generator())
-        return DataLoader(samples, batch_size, sampler=order, collate_fn=_both, **_persistent(workers))
+        return DataLoader(samples, batch_size, sampler=order, collate_fn=_images_and_labels, **_persistent(workers))
 
     def _run(self, loader: Any, epoch: int, seed: int) -> Iterator[Batch]:
         loader.sampler.generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
@@ -327,24 +327,24 @@ PEERS: dict[str, type[Peer]] = {
 
 
 def _persistent(workers: int) -> dict[str, Any]:
-    """A DataLoader's settings for that many workers, which stay from epoch to epoch."""
-    generator = torch.Generator().manual_seed(0)  # or it draws from the bits that a model's dropout uses
-    return {**of_workers(workers), "persistent_workers": workers > 0, "generator": generator}
+    """A DataLoader's settings for that many persistent workers."""
+    generator = torch.Generator().manual_seed(0)  # by default it draws from the bits that dropout uses
+    return {**worker_settings(workers), "persistent_workers": workers > 0, "generator": generator}
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """The same values; without a copy when they may be written to, which a tensor allows."""
+    """`array` as a tensor; copied only if it is read-only, which a tensor cannot be."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _records(images: np.ndarray, labels: np.ndarray) -> Iterator[bytes]:
-    """Each sample as bytes: 8 of the label, then the image's."""
+    """Each sample as bytes: the label's 8, then the image's."""
     for image, label in zip(images, labels.astype("<i8"), strict=True):
         yield label.tobytes() + image.tobytes()
 
 
 def _arrays(records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The images (B, size) uint8 and labels (B,) int64 of such records."""
+    """Images (B, size) uint8 and labels (B,) int64 of records by `_records`."""
     lines = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
     return lines[:, 8:].copy(), lines[:, :8].copy().view("<i8")[:, 0]
 
@@ -359,5 +359,5 @@ def _stacked(samples: Sequence[dict[str, Any]]) -> Batch:
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def _both(batch: Any) -> Batch:
+def _images_and_labels(batch: Any) -> Batch:
     return batch["image"], batch["label"]

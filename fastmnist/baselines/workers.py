@@ -1,4 +1,4 @@
-"""What the worker processes of a DataLoader run, and how they are begun. They import no more than this."""
+"""Datasets and settings of DataLoader worker processes, which import this module and no other of ours."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import MNIST, VisionDataset
 
-LONGEST_WAIT = 60  # seconds for one batch from workers, their start included, before it counts as an error
+LONGEST_WAIT = 60  # seconds for one batch from workers, their start included
 
 
 class Seeded(Dataset[Any]):
-    """A dataset whose samples draw from torch's random bits: each batch brings the seed of its own."""
+    """A dataset whose transforms use torch's random bits, seeded by each batch's request: (seed, places)."""
 
     def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
-        seed, rows = batch
-        with torch.random.fork_rng(devices=[]):  # without workers they are the bits that a model's dropout uses
+        seed, places = batch
+        with torch.random.fork_rng(devices=[]):  # without workers, dropout uses the same generator
             torch.default_generator.manual_seed(seed)
-            return [self[row] for row in rows]
+            return [self[place] for place in places]
 
 
-class Grey(Seeded, MNIST):
-    """torchvision's MNIST on the images of a compiled file: (N, H, W, 1) uint8, without a download of its own."""
+class GreyImages(Seeded, MNIST):
+    """torchvision's MNIST over images (N, H, W, 1) uint8 of a compiled file, without its download."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Any) -> None:
         VisionDataset.__init__(self, transform=transform)
         self.data, self.targets = images.squeeze(3), labels
 
 
-class Coloured(Seeded):
-    """The same for (N, H, W, 3), which that class does not hold."""
+class ColourImages(Seeded):
+    """The same over images (N, H, W, 3) uint8."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Any) -> None:
         self.data, self.targets, self.transform = images, labels, transform
@@ -47,19 +47,19 @@ class Coloured(Seeded):
         return self.transform(Image.fromarray(self.data[index].numpy())), int(self.targets[index])
 
 
-class Batched(Dataset[Any]):
-    """images (N, H, W, C) uint8 and labels (N,) int64, a whole batch of them at a time."""
+class BatchDataset(Dataset[Any]):
+    """Whole batches of images (N, H, W, C) uint8 and labels (N,) int64."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.images, self.labels = images, labels
 
-    def __getitems__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = torch.from_numpy(rows)
+    def __getitems__(self, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.from_numpy(places)
         return self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
 
 
-class Plan(Sampler[Any]):
-    """A batch sampler whose batches, as the dataset is asked for them, are those in the list when an epoch begins."""
+class PlannedBatches(Sampler[Any]):
+    """A batch sampler that yields the requests in `batches` at the time an epoch begins."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -72,16 +72,16 @@ class Plan(Sampler[Any]):
 
 
 def unchanged(batch: Any) -> Any:
-    """In place of a collate_fn, for batches that come as such."""
+    """A collate_fn for batches that need no collating."""
     return batch
 
 
-def of_workers(workers: int) -> dict[str, Any]:
-    """A DataLoader's settings for that many workers."""
+def worker_settings(workers: int) -> dict[str, Any]:
+    """A DataLoader's settings for that many worker processes."""
     if not workers:
         return {}
-    # A fork of this process would copy the locks of torch's and numba's threads as they happen to be, and may hang;
-    # Python 3.12 warns of it. The server that they are forked from instead imports this module once for all.
+    # A fork of this process would copy the locks of torch's and numba's threads in whatever state they are, and may
+    # hang; Python 3.12 warns of it. The fork server imports this module once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return {
@@ -93,9 +93,9 @@ def of_workers(workers: int) -> dict[str, Any]:
 
 
 def batches_of(loader: DataLoader[Any]) -> Generator[Any]:
-    """What it yields. The workers end with the last reference to them, so none stays in the traceback of an error.
+    """The loader's batches. Errors lose their traceback, whose frames would keep the workers alive.
 
-    torch's own frames there are part of a reference cycle; what went wrong in a worker is in the error's text.
+    torch's own frames are part of a reference cycle; an error in a worker carries its traceback in its text.
     """
     batches = iter(loader)
     try:
@@ -107,5 +107,5 @@ def batches_of(loader: DataLoader[Any]) -> Generator[Any]:
 
 
 def ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to the workers too, while the run still needs their batches to end its step."""
+    """A terminal sends Ctrl-C to workers too, but the run needs their batches to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

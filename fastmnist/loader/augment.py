@@ -1,7 +1,6 @@
-"""Shift, rotation and scale at random: drawn once for host and device, applied to whole batches.
+"""Augmentation: random shift, rotation and scale, drawn once for host and device and applied to whole batches.
 
-On the host `warp.gather_warped` applies them in the pass that gathers and normalises; on a device `warp_on_device`
-does, inside the compiled step.
+On the host `warp.gather_warped` applies them while it gathers and normalises; on a device `warp_on_device` does.
 """
 
 from __future__ import annotations
@@ -22,12 +21,27 @@ DRAWS = 4
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far images are moved; each strength is the largest, and all are drawn uniformly.
+    """Strengths of a random shift, rotation and scale; each is a maximum, and all are drawn uniformly.
 
-    shift: pixels, along each axis. rotation: degrees. scale: change of size; 0.1 draws from 0.9 to 1.1.
+    A draw is a pure function of (seed, epoch, sample).
+
+    Attributes:
+        shift: pixels, along each axis. rotation: degrees. scale: relative change of size; 0.1 draws from 0.9 to 1.1.
 
     Raises:
-        ConfigError: a strength that cannot be.
+        ConfigError: a strength out of range.
+
+    >>> from fastmnist import Augmentation
+    >>> augmentation = Augmentation(shift=2.0, rotation=8.0, scale=0.1)
+    >>> draws = augmentation.draw(60_000, seed=0, epoch=0)
+    >>> draws.shape, draws.dtype
+    ((60000, 4), dtype('float32'))
+    >>> matrices = augmentation.matrices(draws[:5], image_size=(28, 28))
+    >>> matrices.shape
+    (5, 2, 3)
+    >>> images = torch.rand(5, 1, 28, 28)
+    >>> warp_on_device(images, torch.from_numpy(matrices)).shape
+    torch.Size([5, 1, 28, 28])
     """
 
     shift: float = 0.0
@@ -46,18 +60,18 @@ class Augmentation:
         return np.array([self.shift, math.radians(self.rotation), self.scale])
 
     def draw(self, samples: int, seed: int, epoch: int) -> np.ndarray:
-        """(samples, 4) float32 in [-1, 1): for `matrices`; row i is that of sample i, for any number of samples."""
+        """(samples, 4) float32 in [-1, 1), for `matrices`; row i belongs to sample i, whatever `samples` is."""
         return sample_uniforms(samples, seed, epoch, DRAWS) * 2 - 1
 
     def matrices(self, draws: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-        """The transforms of some rows of `draw`, which the host's kernel computes in the same way.
+        """Affine transforms of output to input pixels, as the host's kernel computes them; see `warp`.
 
         Args:
-            draws: (n, 4) float32.
+            draws: (n, 4) float32, rows of `draw`.
             image_size: (H, W).
 
         Returns:
-            (n, 2, 3) float32, in pixels; see `warp` for what they mean.
+            (n, 2, 3) float32, in pixels.
         """
         matrices = np.empty((len(draws), 2, 3), np.float32)
         similarities(draws, self.strengths, *image_size, matrices)
@@ -65,9 +79,9 @@ class Augmentation:
 
 
 def warp_on_device(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) float, resampled bilinearly after `matrices` (B, 2, 3) in pixels; the outside is 0."""
+    """Images (B, C, H, W) float, resampled bilinearly by `matrices` (B, 2, 3) in pixels; the outside is 0."""
     height, width = images.shape[-2:]
-    # affine_grid's coordinates run from -1 to 1, from edge to edge: u = (2 x + 1) / W - 1.
+    # affine_grid's coordinates run from -1 to 1, edge to edge: u = (2 x + 1) / W - 1.
     rows = []
     for row, size in ((matrices[:, 0], width), (matrices[:, 1], height)):
         a, b, c = row.unbind(1)

@@ -1,4 +1,4 @@
-"""What every loader has in common: which samples, in which order, in which batches, and where it stands."""
+"""Common base of all loaders: settings, order, ranks, subsets and the position in the epochs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -20,23 +20,38 @@ import torch
 from fastmnist.beton.reader import Beton, Verify, open_again
 from fastmnist.errors import ConfigError, DataError, whole_number
 from fastmnist.loader.augment import Augmentation
-from fastmnist.loader.order import EpochOrder, Kind, Uneven, Window
+from fastmnist.loader.device import on_device
+from fastmnist.loader.host import Batch
+from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
 from fastmnist.system.machine import choose_device
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 STATE_VERSION = 2
 AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
 
 
+class Chunk(NamedTuple):
+    """Consecutive batches as one, and which samples they hold.
+
+    Attributes:
+        images: (n, C, H, W). labels: (n,) int64.
+        rows: (n,) int64, the samples' numbers in the file, on the loader's device.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+
+
 class EpochLoader(ABC):
     """Iterates over epochs of a compiled file, batch by batch; see `Loader` for the settings.
 
-    A subclass says how batches are made (`_batches`); order, ranks, subsets, states and refusals are here.
+    Each epoch has one plan, which says which samples come in which order (`_plan`); a subclass makes its batches
+    (`_batches`).
 
     Attributes:
         file: the open file. indices: (n,) int64, the samples that are iterated over.
-        device, dtype: of the batches. A float dtype means images that are augmented and normalised already.
+        device, dtype: of the batches. Images of a float dtype are augmented and normalised already.
     """
 
     def __init__(
@@ -69,13 +84,12 @@ class EpochLoader(ABC):
         self.file.check_unchanged()
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.device, self.dtype, self.augment = choose_device(device), dtype, augment
-        self.indices = self._checked_indices(indices)
         self._all = indices is None
-        self._settle()
-        self.order: Kind = self._choose_order(shuffle) if order == "auto" else order
+        self.indices = _checked_indices(indices, len(self.file))
+        self.order: Kind = ("random" if shuffle else "sequential") if order == "auto" else order
         self.rank, self.world_size = process_rank(rank, world_size)
         self._epoch_order = EpochOrder(
-            len(self.indices),
+            self.indices,
             self.order,
             seed,
             self._pages() if self.order == "quasi_random" else None,
@@ -92,43 +106,36 @@ class EpochLoader(ABC):
         self._closed = False
         self._current: weakref.ref[_Epoch] | None = None
 
-    def _checked_indices(self, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
-        if indices is None:
-            return np.arange(len(self.file))
-        chosen = np.array(indices)  # a copy: the kernels rely on what is checked here
-        if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
-            raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask say np.flatnonzero(mask)")
-        chosen = chosen.astype(np.int64)
-        if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(self.file):
-            raise ConfigError(
-                f"indices must be a list of at least one sample, each 0 to {len(self.file) - 1}; "
-                f"got shape {chosen.shape}, values {chosen.min(initial=0)} to {chosen.max(initial=0)}"
-            )
-        return chosen
-
-    def _settle(self) -> None:  # noqa: B027  # most have nothing to settle
-        """Chooses what the order may depend on, once device and samples are known."""
-
-    def _choose_order(self, shuffle: bool) -> Kind:
-        return "random" if shuffle else "sequential"
-
     def _pages(self) -> np.ndarray:
-        offsets = self.file.offsets if self._all else self.file.offsets[self.indices]
-        return (offsets // self.file.page_size).astype(np.int32)
+        """(n,) int32, the page of the file that each of `indices` is on."""
+        return (self.file.offsets[self.indices] // self.file.page_size).astype(np.int32)
 
     @property
     def needs_file(self) -> bool:
         """Whether the file is read while it iterates; not when the loader holds a copy."""
         return True
 
-    @abstractmethod
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """The batches of that epoch from number `first` on; `_samples` has the order."""
+    def _plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, made anew."""
+        return self._epoch_order.plan(epoch)
 
-    def _samples(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
-        """(n,) int64: the samples of an epoch in this process's order; and the pages of the file that they are on."""
-        positions, windows = self._epoch_order.with_windows(epoch)
-        return (positions if self._all else self.indices[positions]), windows
+    @abstractmethod
+    def _batches(self, plan: EpochPlan, first: int) -> Iterator[Batch]:
+        """The batches of `plan`, from number `first` to the last whole or allowed one (`_taken`)."""
+
+    def _joined(self, plan: EpochPlan, first: int, count: int) -> Iterator[Batch]:
+        """The same, up to `count` of them as one."""
+        batches = self._batches(plan, first)
+        while together := list(islice(batches, count)):
+            images, labels = zip(*together, strict=True)
+            yield torch.cat(images), torch.cat(labels)
+
+    def _with_rows(self, plan: EpochPlan, first: int, count: int) -> Iterator[Chunk]:
+        at = first * self.batch_size
+        for images, labels in self._batches(plan, first) if count == 1 else self._joined(plan, first, count):
+            stop = at + len(labels)
+            yield Chunk(images, labels, on_device(plan.rows[at:stop], self.device))
+            at = stop
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -141,49 +148,41 @@ class EpochLoader(ABC):
         return min(len(self) * self.batch_size, len(self._epoch_order))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._begin(1)
+        return self._begin(None)
 
-    def chunks(self, count: int) -> Iterator[Batch]:
-        """As a loop over the loader, with up to `count` batches as one: images (n, C, H, W) and labels (n,)."""
-        return self._begin(count)
+    def chunks(self, count: int = 1) -> Iterator[Chunk]:
+        """A loop over the loader with `count` batches at a time as one, and the samples' numbers with them."""
+        return self._begin(whole_number("count", count, 1))
 
-    def _chunks(self, epoch: int, first: int, count: int) -> Iterator[Batch]:
-        batches = self._batches(epoch, first)
-        while together := list(islice(batches, count)):
-            images, labels = zip(*together, strict=True)
-            yield torch.cat(images), torch.cat(labels)
-
-    def _begin(self, count: int) -> Iterator[Batch]:
+    def _begin(self, count: int | None) -> _Epoch:
         self._check_open()
         if self._current is not None and (running := self._current()) is not None:
             running.check_thread()
         if self.needs_file:
             self.file.check_unchanged()
-        self._part_from_running()
         epoch, batch = self._next
+        plan = self._plan(epoch)
+        batches = self._batches(plan, batch) if count is None else self._with_rows(plan, batch, count)
+        self._detach_running()
         self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
         self._next = (epoch + 1, 0)
-        started = _Epoch(self, epoch, batch, count)
+        started = _Epoch(self, epoch, batch, count or 1, batches)
         self._current = weakref.ref(started)
         return started
-
-    def epoch_indices(self, epoch: int) -> np.ndarray:
-        """(n,) int64: the samples of that epoch as this process hands them out."""
-        return self._samples(epoch)[0][: self._taken]
 
     def set_epoch(self, epoch: int) -> None:
         """The next loop runs through this epoch, from its first batch.
 
-        A loop that is under way goes on with its own batches, and no longer moves the loader's position.
+        A loop that is under way keeps its batches, and no longer moves the loader's position.
         """
         self.seek(whole_number("epoch", epoch), 0)
 
     def seek(self, epoch: int, batch: int) -> None:
-        """The next loop begins with this batch of this epoch; one that is under way as after `set_epoch`."""
-        self._part_from_running()
+        """The next loop begins with this batch of this epoch; for a loop under way, see `set_epoch`."""
+        self._detach_running()
         self._next = self._state = (epoch, batch)
 
-    def _part_from_running(self) -> None:
+    def _detach_running(self) -> None:
         if self._current is not None and (running := self._current()) is not None:
             running.leads = False
 
@@ -193,12 +192,12 @@ class EpochLoader(ABC):
         return self._state[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, as plain values: the first batch that has not been handed out yet."""
+        """The loader's position as plain values: the first batch that has not been handed out yet."""
         return {"version": STATE_VERSION, "epoch": self._state[0], "batch": self._state[1]} | self._identity()
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree for a position to mean the same batch."""
-        moves = self.augment and [self.augment.shift, self.augment.rotation, self.augment.scale]
+        """Settings that must agree for a position to mean the same batch."""
+        strengths = self.augment and [self.augment.shift, self.augment.rotation, self.augment.scale]
         return {
             "seed": self.seed,
             "order": self.order,
@@ -206,14 +205,14 @@ class EpochLoader(ABC):
             "drop_last": self.drop_last,
             "world_size": self.world_size,
             "uneven": self._epoch_order.uneven,
-            "augment": moves,
+            "augment": strengths,
             "samples": len(self.indices),
             "indices": f"{zlib.crc32(self.indices.data):08x}",
             "file": self.file.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next loop goes on with the batch that `state` names; one that is under way as after `set_epoch`.
+        """The next loop begins with the batch that `state` names; for a loop under way, see `set_epoch`.
 
         Raises:
             DataError: the state is of another file or of other settings; both values are named.
@@ -234,7 +233,7 @@ class EpochLoader(ABC):
         self.seek(epoch, batch)
 
     def _settings(self) -> dict[str, Any]:
-        """The arguments that make such a loader again, but for the file."""
+        """The constructor's arguments, but for the file."""
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -250,9 +249,9 @@ class EpochLoader(ABC):
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy in another process opens the file itself and goes on with the same batch."""
+        """A copy in another process opens the file itself and continues with the same batch."""
         self._check_open()
-        return _made_again, (type(self), *self.file.identity(), self._settings(), self.state_dict())
+        return _restored, (type(self), *self.file.identity(), self._settings(), self.state_dict())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -261,7 +260,7 @@ class EpochLoader(ABC):
             self.file.check_open()
 
     def close(self) -> None:
-        """Lets go of memory and threads, closes the file if it was opened here. Batches that are held stay valid."""
+        """Releases memory and threads, and the file if it was opened here. Batches that are held stay valid."""
         self._closed = True
         if self._owns_file:
             self.file.close()
@@ -275,28 +274,27 @@ class EpochLoader(ABC):
         self.close()
 
 
-class _Epoch(Iterator[Batch]):
-    """One epoch's batches, for one thread: what two would get could not be told, and where they stand neither."""
+class _Epoch(Iterator[Any]):
+    """One epoch's batches, for one thread: with two, neither their share nor the position would be known."""
 
-    def __init__(self, loader: EpochLoader, epoch: int, first: int, together: int) -> None:
+    def __init__(self, loader: EpochLoader, epoch: int, first: int, together: int, batches: Iterator[Any]) -> None:
         self._loader, self._epoch, self._number, self._count = loader, epoch, first, len(loader)
         self._together = together
-        batches = loader._batches(epoch, first) if together == 1 else loader._chunks(epoch, first, together)
         self._advance = batches.__next__
-        self._thread: threading.Thread | None = None  # the one that asks first
-        self._identifier = 0  # its
+        self._thread: threading.Thread | None = None  # the first one that took a batch
+        self._identifier = 0  # of that thread
         self._done = False
-        self.leads = True  # moves the loader's position; until another epoch begins, or the loader is sent elsewhere
+        self.leads = True  # moves the loader's position, until another epoch begins or the position is set
 
     def check_thread(self) -> None:
-        """Raises RuntimeError when another thread, which still lives, has begun with these batches."""
+        """Raises RuntimeError when another thread that still lives has taken batches of this epoch."""
         if not self._done and self._thread not in (None, threading.current_thread()) and self._thread.is_alive():
             raise RuntimeError(
                 "another thread is in the middle of an epoch of this loader; let it finish, or give each thread a "
                 "loader of its own (with rank and world_size to share the samples)"
             )
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._identifier != get_ident():
             self.check_thread()
             self._thread, self._identifier = threading.current_thread(), get_ident()
@@ -315,7 +313,7 @@ class _Epoch(Iterator[Batch]):
 
 
 def process_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """(rank, world_size) as given, or as torch.distributed has them; raises ConfigError when they do not fit."""
+    """(rank, world_size) as given, or of torch.distributed; raises ConfigError when they do not fit."""
     if (rank is None) != (world_size is None):
         raise ConfigError(f"rank {rank} and world_size {world_size} come together, or neither is given")
     if rank is None or world_size is None:
@@ -330,15 +328,31 @@ def process_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ConfigError naming what is allowed."""
+    """Raises ConfigError, naming the allowed values, unless `value` is one of them."""
     if value not in allowed:
         raise ConfigError(f"{name} {value!r} is none of {', '.join(allowed)}")
 
 
-def _made_again(
+def _checked_indices(indices: Sequence[int] | np.ndarray | None, samples: int) -> np.ndarray:
+    """(n,) int64, a copy: the kernels rely on these checks."""
+    if indices is None:
+        return np.arange(samples)
+    chosen = np.array(indices)
+    if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
+        raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask say np.flatnonzero(mask)")
+    chosen = chosen.astype(np.int64)
+    if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= samples:
+        raise ConfigError(
+            f"indices must be a list of at least one sample, each 0 to {samples - 1}; "
+            f"got shape {chosen.shape}, values {chosen.min(initial=0)} to {chosen.max(initial=0)}"
+        )
+    return chosen
+
+
+def _restored(
     kind: type[EpochLoader], path: Path, fingerprint: str, settings: dict[str, Any], state: dict[str, Any]
 ) -> EpochLoader:
     loader = kind(open_again(path, fingerprint), **settings)
-    loader._owns_file = True  # nobody else knows of it
+    loader._owns_file = True  # nobody else has it
     loader.load_state_dict(state)
     return loader

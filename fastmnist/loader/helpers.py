@@ -1,6 +1,6 @@
-"""Work that is shared with helper threads, in pieces of some 50 microseconds.
+"""Helper threads for tasks of some 50 microseconds.
 
-concurrent.futures takes about as long to hand one over; here it is two locks and a queue.
+concurrent.futures takes about as long to hand one over; here it costs two locks and a queue.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from queue import SimpleQueue
 from typing import Any
 
 NAME = "fastmnist-helper"  # of the threads
-LOOK_AGAIN = 5.0  # seconds between two looks at whether a helper that is waited for still lives
+LIVENESS_SECONDS = 5.0  # between two checks that a helper still lives while its task is waited for
 
 
-class Piece:
-    """A call that is made once, by whoever comes first, and whose result all may wait for."""
+class Task:
+    """A future that the waiting thread may run itself."""
 
     def __init__(self, work: Callable[..., Any], *arguments: Any) -> None:
         self._work, self._arguments = work, arguments
-        self._taken, self._over = threading.Lock(), threading.Lock()
-        self._over.acquire()
+        self._begun, self._running = threading.Lock(), threading.Lock()
+        self._running.acquire()
         self._result: Any = None
         self._error: BaseException | None = None
         self._process = os.getpid()
 
     def run_if_free(self) -> bool:
-        """Makes the call, unless somebody has begun it."""
-        if not self._taken.acquire(blocking=False):
+        """Runs the task unless it was begun or cancelled; True if it ran here."""
+        if not self._begun.acquire(blocking=False):
             return False
         try:
             self._result = self._work(*self._arguments)
@@ -37,36 +37,37 @@ class Piece:
             self._error = error
         finally:
             self._forget()
-            self._over.release()
+            self._running.release()
         return True
 
     def _forget(self) -> None:
-        """What the call is about may be used again, though a helper's queue still has the piece."""
+        """Releases the arguments' memory, though a helper's queue may still hold the task."""
         self._work, self._arguments = _nothing, ()
 
-    def is_over(self) -> bool:
-        return not self._over.locked()
+    def done(self) -> bool:
+        return not self._running.locked()
 
     def cancel(self) -> None:
-        """Nobody begins it any more."""
-        if self._taken.acquire(blocking=False):
+        """Keeps the task from being begun."""
+        if self._begun.acquire(blocking=False):
             self._forget()
 
-    def wait(self) -> Any:
-        """The call's result, or what it raised, with its traceback. Makes the call if nobody has begun it.
+    def result(self) -> Any:
+        """The task's result or its error, with its traceback; runs the task here if nobody has begun it.
 
-        A forked child has none of the parent's threads: it makes the call that was begun again, which must not matter.
+        A forked child has none of its parent's threads and repeats a task that one of them had begun: tasks must allow
+        that.
 
         Raises:
-            RuntimeError: who had begun it is no more.
+            RuntimeError: the thread that had begun it is gone.
         """
-        if self._process != os.getpid() and not self.is_over():
+        if self._process != os.getpid() and not self.done():
             return self._work(*self._arguments)
         self.run_if_free()
-        while not self._over.acquire(timeout=LOOK_AGAIN):
+        while not self._running.acquire(timeout=LIVENESS_SECONDS):
             if not any(thread.name == NAME for thread in threading.enumerate()):
                 raise RuntimeError("a helper thread ended in the middle of its work; make a new loader")
-        self._over.release()
+        self._running.release()
         if self._error is not None:
             raise self._error
         return self._result
@@ -76,52 +77,52 @@ def _nothing() -> None: ...
 
 
 class Helpers:
-    """Threads that make calls in the order in which they are given; they begin when they are first needed.
+    """`count` threads that run tasks first in, first out; started with the first task.
 
-    They end with `end`, or when this object is forgotten. A forked child begins its own.
+    They end with `end`, or with the last reference to this object. A forked child starts its own.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._queue: SimpleQueue[Piece | None] = SimpleQueue()
+        self._queue: SimpleQueue[Task | None] = SimpleQueue()
         self._process = 0
         self._end: Callable[[], Any] = lambda: None
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Piece:
-        """A piece that a helper begins as soon as it has time."""
-        piece = Piece(work, *arguments)
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Task:
+        """A task for the next helper that is free."""
+        task = Task(work, *arguments)
         if self.count:
             if self._process != os.getpid():
-                self._begin()
-            self._queue.put(piece)
-        return piece
+                self._start()
+            self._queue.put(task)
+        return task
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self._process, self._queue = os.getpid(), SimpleQueue()
         threads = [
-            threading.Thread(target=_help, args=(self._queue,), name=NAME, daemon=True) for _ in range(self.count)
+            threading.Thread(target=_run_tasks, args=(self._queue,), name=NAME, daemon=True) for _ in range(self.count)
         ]
         for thread in threads:
             thread.start()
-        # Called at the interpreter's exit too, which would abort in the middle of a kernel.
+        # Also called when the interpreter exits, which would abort in the middle of a kernel.
         self._end = weakref.finalize(self, _dismiss, self._queue, threads)
 
     def end(self) -> None:
-        """Ends them, once what they were given is done."""
+        """Ends the threads after the tasks that they were given."""
         if self._process == os.getpid():
             self._end()
         self._process = 0
 
 
-def _help(queue: SimpleQueue[Piece | None]) -> None:
-    while (piece := queue.get()) is not None:
-        piece.run_if_free()
-        del piece  # with the memory that it was about
+def _run_tasks(queue: SimpleQueue[Task | None]) -> None:
+    while (task := queue.get()) is not None:
+        task.run_if_free()
+        del task  # and with it the memory of its result
 
 
-def _dismiss(queue: SimpleQueue[Piece | None], threads: list[threading.Thread]) -> None:
+def _dismiss(queue: SimpleQueue[Task | None], threads: list[threading.Thread]) -> None:
     for _ in threads:
         queue.put(None)
     for thread in threads:
-        if thread is not threading.current_thread():  # which may be the one that forgets the last loader
+        if thread is not threading.current_thread():  # a helper may hold the last reference to a loader
             thread.join()

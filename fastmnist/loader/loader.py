@@ -1,46 +1,34 @@
-"""Loader: batches from a compiled file, one gather each, in place of a DataLoader."""
+"""Loader: batches from a compiled file, one gather each, in place of a DataLoader.
+
+An epoch's way: order -> plan (`_plan`) -> parts (`_parts`) -> memory -> batches (`_batches`).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from fastmnist.beton.reader import Beton, Verify
-from fastmnist.loader.augment import Augmentation, warp_on_device
-from fastmnist.loader.cuda import copied_batches, on_device
+from fastmnist.loader.augment import Augmentation
+from fastmnist.loader.device import DeviceGatherer, Finish, PinnedCopier, PlainCopier
 from fastmnist.loader.epochs import DTYPES, Batch, EpochLoader, check_choice
-from fastmnist.loader.gathering import HostGatherer, Part
-from fastmnist.loader.helpers import Helpers, Piece
-from fastmnist.loader.jit import mend_array_types
-from fastmnist.loader.kernels import gather
-from fastmnist.loader.normalise import Normaliser
-from fastmnist.loader.order import EpochOrder, Kind, Uneven, Window
+from fastmnist.loader.helpers import Helpers, Task
+from fastmnist.loader.host import HostGatherer, Part, SampleCopy
+from fastmnist.loader.kernels import mend_array_types
+from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
 from fastmnist.loader.windows import WindowReader
 from fastmnist.loader_settings import OURS, checked_numbers
-from fastmnist.system.machine import available_memory
+from fastmnist.system.machine import available_memory, choose_device
 
 __all__ = ["DTYPES", "Batch", "Loader"]
 
 RESIDENT_SHARE = 0.5  # of the free device memory that "auto" gives to the images
-SAMPLES_AT_A_TIME = 1 << 13  # that are passed on together
-MOST_PLANNED_AHEAD = 1 << 20  # samples of an epoch whose order is made before it is asked for
-
-
-class Plan(NamedTuple):
-    """What an epoch hands out.
-
-    rows (n,) int64: samples of the file, or rows of the resident copy, in order. windows: of a quasi-random order.
-    draws (n, 4) float32: of the augmentation, if there is one.
-    """
-
-    rows: np.ndarray
-    windows: list[Window]
-    draws: np.ndarray | None
+PART_SAMPLES = 1 << 13  # handed to the memory together
+MOST_PLANNED_AHEAD = 1 << 20  # samples of an epoch that is planned during the one before
 
 
 class Loader(EpochLoader):
@@ -55,34 +43,63 @@ class Loader(EpochLoader):
         batch_size: images per batch.
         shuffle: a new order each epoch; otherwise the file's order.
         seed: of the order and of the augmentation, 0 or more.
-        device: where batches are; None takes the GPU when there is one.
+        device: of the batches; None takes the GPU when there is one.
         placement: "resident" keeps all images in the device's memory (on CPU: a copy in RAM); "stream" gathers from
             the memory map, on a GPU through pinned memory and a copy stream; "auto" is resident on a device whose
             free memory is at least twice the images, and streams otherwise and on CPU.
         dtype: torch.uint8, the stored values; or float32, float16, bfloat16: (value / 255 - mean) / std.
-        augment: moves each image at random before it is normalised; needs a float dtype. What a sample gets depends on
-            (seed, epoch, sample) alone.
+        augment: random shift, rotation and scale of each image before it is normalised; needs a float dtype. A sample's
+            draw depends on (seed, epoch, sample) alone.
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
-            "sequential"; "auto" is sequential without `shuffle`, quasi-random for a file larger than the memory that
-            is available when it is streamed, else random.
+            "sequential"; "auto" is sequential without `shuffle`, quasi-random when a file larger than the available
+            memory is streamed, else random.
         threads: that gather a batch on the host; 0 takes as many as pay, at most the cores there are.
-        prefetch: batches on their way to a GPU ahead of the one that is handed out ("stream"). On a CPU the gather
-            takes far less than a step, and runs when the batch is asked for.
+        prefetch: batches on their way to a GPU ahead of the one that is handed out ("stream"). On a CPU a batch is
+            gathered when it is asked for, in far less time than a step.
         drop_last: leave out the last batch when it is not full.
         rank, world_size: which of how many processes this is; None asks torch.distributed, or means 0 of 1. Each
             sample goes to one process, and all get equally many.
-        uneven: what happens when world_size does not divide the samples: "pad" repeats some, "drop" leaves some out.
+        uneven: when world_size does not divide the samples, "pad" repeats some, "drop" leaves some out.
         indices: (n,) the samples to iterate over; None takes all.
         verify: how the file is checked when it is opened here ("size" or "full").
 
     Yields:
         images (B, C, H, W) in channels_last, of `dtype`, and labels (B,) int64, both on `device`. A batch stays valid
-        for as long as it is held.
+        for as long as it is held. `chunks()` adds rows (B,) int64, the samples' numbers in the file.
 
     Raises:
-        DataError: the file cannot be used, or was changed since it was opened (asked before each epoch).
+        DataError: the file cannot be used, or was changed since it was opened (checked before each epoch).
         ConfigError: a setting cannot work.
         RuntimeError: the loader is closed, or another thread is in the middle of an epoch.
+
+    >>> import tempfile
+    >>> from fastmnist import Loader, write_beton
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> images, labels = np.zeros((100, 28, 28), np.uint8), np.arange(100) % 10
+    >>> path = write_beton(f"{folder.name}/example.beton", images, labels)
+    >>> loader = Loader(path, batch_size=32, device="cpu", dtype=torch.float32)
+    >>> len(loader)
+    4
+    >>> for images, labels in loader:
+    ...     print(tuple(images.shape), images.dtype, tuple(labels.shape), labels.dtype)
+    (32, 1, 28, 28) torch.float32 (32,) torch.int64
+    (32, 1, 28, 28) torch.float32 (32,) torch.int64
+    (32, 1, 28, 28) torch.float32 (32,) torch.int64
+    (4, 1, 28, 28) torch.float32 (4,) torch.int64
+
+    `chunks` adds which samples they are:
+
+    >>> images, labels, rows = next(loader.chunks())
+    >>> torch.equal(labels, rows % 10)
+    True
+
+    A state resumes at the exact next batch, whatever placement or threads:
+
+    >>> resumed = Loader(path, batch_size=32, device="cpu", dtype=torch.float32, placement="resident")
+    >>> resumed.load_state_dict(loader.state_dict())
+    >>> [len(labels) for images, labels in resumed]
+    [32, 32, 4]
+    >>> loader.close(); resumed.close(); folder.cleanup()
     """
 
     def __init__(
@@ -108,13 +125,18 @@ class Loader(EpochLoader):
     ) -> None:
         threads, prefetch = checked_numbers(OURS, threads=threads, prefetch=prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
-        self.placement: str = placement
+        file, target = data if isinstance(data, Beton) else Beton(data, verify), choose_device(device)
+        if placement == "auto":
+            samples = len(file) if indices is None else np.size(indices)
+            placement = _choose_placement(target, samples * file.image_size)
+        if order == "auto" and shuffle and placement == "stream" and file.file_size > available_memory():
+            order = "quasi_random"
         super().__init__(
-            data,
+            file,
             batch_size,
             shuffle=shuffle,
             seed=seed,
-            device=device,
+            device=target,
             dtype=dtype,
             augment=augment,
             order=order,
@@ -123,172 +145,102 @@ class Loader(EpochLoader):
             world_size=world_size,
             uneven=uneven,
             indices=indices,
-            verify=verify,
         )
-        self.threads, self.prefetch = threads, prefetch
-        self._reading = Helpers(1)
-        self._plan_ahead: tuple[int, Piece] | None = None
-        self._prepare()
+        self._owns_file = file is not data
+        self.placement, self.threads, self.prefetch = placement, threads, prefetch
+        self._page_reader = Helpers(1)
+        self._planned: tuple[int, Task] | None = None  # the next epoch's plan, in the making
+        self._data, self._offsets = file.data, file.offsets
+        self._memory = self._make_memory()
+
+    def _make_memory(self) -> HostGatherer | DeviceGatherer | PinnedCopier | PlainCopier:
+        """What makes batches of parts; sets where the images of a part are."""
+        mend_array_types()
+        file, resident = self.file, self.placement == "resident"
+        if self.device.type == "cpu":
+            if resident:
+                copy = SampleCopy(file, self.indices)
+                copy.images.flags.writeable = False  # as the map, so that one compiled kernel serves both
+                self._data, self._offsets = copy.images.reshape(-1), copy.places * file.image_size
+            return HostGatherer(file, self.batch_size, self.dtype, self.augment, self.threads)
+        finish = Finish(file, self.dtype, self.augment, self.device)
+        if resident:
+            self._data, self._offsets = np.empty(0, np.uint8), np.empty(0, np.int64)
+            return DeviceGatherer(SampleCopy(file, self.indices), finish, self.device, self.batch_size)
+        # Augmented and normalised on the other device: a quarter of the bytes to copy.
+        host = HostGatherer(file, self.batch_size, torch.uint8, None, self.threads)
+        if self.device.type != "cuda":
+            return PlainCopier(host, finish, self.device)
+        sizes = {"batch_size": self.batch_size, "image_size": file.image_size, "prefetch": self.prefetch}
+        return PinnedCopier(host, finish, self.device, **sizes)
 
     @property
     def needs_file(self) -> bool:
         return self.placement == "stream"
 
-    def _settle(self) -> None:
-        size = len(self.indices) * self.file.image_size
-        if self.placement != "auto":
-            return
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            self.placement = "resident" if size < RESIDENT_SHARE * free else "stream"
-        else:
-            self.placement = "stream" if self.device.type == "cpu" else "resident"
-
-    def _choose_order(self, shuffle: bool) -> Kind:
-        if shuffle and self.placement == "stream" and self.file.file_size > available_memory():
-            return "quasi_random"
-        return super()._choose_order(shuffle)
-
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {name: getattr(self, name) for name in OURS}
 
-    def _prepare(self) -> None:
-        mend_array_types()
-        file, size = self.file, self.file.image_size
-        if self.dtype != torch.uint8:  # the statistics of a file without ours take a pass over it
-            self._normalise = Normaliser(*file.moments, self.device)
-        self._data, self._offsets, self._labels = file.data, file.offsets, file.labels
-        self._on_device = self.placement == "resident" and self.device.type != "cpu"
-        if self.placement == "resident":
-            dense = np.empty((len(self.indices), size), np.uint8)
-            gather(self._data, self._offsets, self.indices, 0, dense)
-            self._labels = file.labels[self.indices]
-            if self._on_device:
-                self._device_images = torch.from_numpy(dense).to(self.device)
-                self._device_labels = torch.from_numpy(self._labels).to(self.device)
-                return
-            dense.flags.writeable = False  # like the map, so that one compiled kernel serves both
-            self._data, self._offsets = dense.reshape(-1), np.arange(len(dense)) * size
-        # A batch for another device is augmented and normalised there: a quarter of the bytes to copy.
-        here = self.device.type == "cpu"
-        self._host = HostGatherer(
-            file,
-            self.batch_size,
-            self.dtype if here else torch.uint8,
-            self.augment if here else None,
-            self.threads,
-        )
-
-    def _plan(self, epoch: int) -> Plan:
-        """The epoch's plan, which may have been made during the one before it."""
-        ready, self._plan_ahead = self._plan_ahead, None
-        if ready is not None and ready[0] == epoch:
-            plan: Plan = ready[1].wait()
+    def _plan(self, epoch: int) -> EpochPlan:
+        """The epoch's plan, unless it was made during the epoch before."""
+        planned, self._planned = self._planned, None
+        if planned is not None and planned[0] == epoch:
+            plan: EpochPlan = planned[1].result()
             return plan
-        return _make_plan(epoch, *self._plan_arguments())
+        return _make_plan(self._epoch_order, self.augment, len(self.file), epoch)
 
-    def _plan_arguments(self) -> tuple[Any, ...]:
-        subset = None if self._all else self.indices
-        return self._epoch_order, subset, self.placement == "resident", self.augment, len(self.file), self.seed
+    def _plan_ahead(self, epoch: int) -> None:
+        """Has a helper make that epoch's plan."""
+        memory, needed = self._memory, self._planned is None or self._planned[0] != epoch
+        quick = self.order == "random" and len(self.indices) <= MOST_PLANNED_AHEAD
+        if isinstance(memory, HostGatherer) and memory.helpers.count and needed and quick:
+            task = memory.helpers.submit(_make_plan, self._epoch_order, self.augment, len(self.file), epoch)
+            self._planned = epoch, task
 
-    def _plan_next(self, epoch: int, helpers: Helpers) -> None:
-        ready = self._plan_ahead is not None and self._plan_ahead[0] == epoch
-        if helpers.count and not ready and self.order == "random" and len(self.indices) <= MOST_PLANNED_AHEAD:
-            self._plan_ahead = epoch, helpers.submit(_make_plan, epoch, *self._plan_arguments())
-
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+    def _batches(self, plan: EpochPlan, first: int) -> Iterator[Batch]:
         mend_array_types()
-        parts = self._parts(epoch, first)
-        if self._on_device:
-            return self._device_batches(parts, self.batch_size)
-        if self.device.type == "cuda":
-            size = (self.batch_size, self.file.image_size)
-            single = (part.cut(a, a + size[0]) for part in parts for a in range(0, len(part.rows), size[0]))
-            return copied_batches(single, self._fill, self._finish, size, self.device, self.prefetch)
-        if self.device.type != "cpu":
-            return self._moved(parts)
-        batches = self._host.batches(parts, self._labels, partial(self._plan_next, epoch + 1))
-        if self._host.dtype == self.dtype:
-            return batches
-        return ((images.to(self.dtype), labels) for images, labels in batches)
+        return self._memory.batches(self._parts(plan, first))
 
-    def _chunks(self, epoch: int, first: int, count: int) -> Iterator[Batch]:
-        if not self._on_device:
-            return super()._chunks(epoch, first, count)
+    def _joined(self, plan: EpochPlan, first: int, count: int) -> Iterator[Batch]:
+        if not isinstance(self._memory, DeviceGatherer):
+            return super()._joined(plan, first, count)
         size = count * self.batch_size
-        return self._device_batches(self._parts(epoch, first, size), size)
+        return self._memory.batches(self._parts(plan, first, size), size)
 
-    def _parts(self, epoch: int, first: int, step: int = 0) -> Iterator[Part]:
-        """The epoch from batch `first` on, some whole batches at a time (`step` samples)."""
-        rows, windows, draws = self._plan(epoch)
-        step = step or max(1, SAMPLES_AT_A_TIME // self.batch_size) * self.batch_size
+    def _parts(self, plan: EpochPlan, first: int, step: int = 0) -> Iterator[Part]:
+        """The plan from batch `first` on, in parts of `step` samples; by default of whole batches."""
+        step = step or max(1, PART_SAMPLES // self.batch_size) * self.batch_size
         begin, reader = first * self.batch_size, None
-        if len(windows) > 1:
-            lag = self._host.lag
-            reader = WindowReader(self.file, windows, first=begin, step=step, lag=lag, helper=self._reading)
+        if self.placement == "stream" and len(plan.windows) > 1:
+            lag = self._memory.lag
+            reader = WindowReader(self.file, plan.windows, first=begin, step=step, lag=lag, helper=self._page_reader)
         for start in range(begin, self._taken, step):
             stop = min(start + step, self._taken)
-            part = rows[start:stop]
-            drawn = None if draws is None else draws[start:stop]
+            rows = plan.rows[start:stop]
+            draws = None if plan.draws is None else plan.draws[start:stop]
             if reader is None:
-                yield Part(part, drawn, self._data, self._offsets, part)
+                yield Part(rows, draws, self._data, self._offsets, rows)
             else:
-                yield Part(part, drawn, reader.data, reader.offsets(part, start), np.arange(len(part)))
-
-    def _fill(self, part: Part, images: np.ndarray, labels: np.ndarray) -> None:
-        self._host.into(part._replace(draws=None), images, labels, self._labels)
-
-    def _finish(self, images: torch.Tensor, draws: np.ndarray | None) -> torch.Tensor:
-        """What is left to do on the device: images uint8 (B, C, H, W), or their bytes (B, H * W * C)."""
-        if images.dim() == 2:
-            images = images.view(-1, *self.file.image_shape).permute(0, 3, 1, 2)
-        if self.dtype == torch.uint8:
-            return images
-        if self.augment is not None and draws is not None:
-            matrices = on_device(self.augment.matrices(draws, self.file.image_shape[:2]), self.device)
-            images = warp_on_device(images.to(torch.float32), matrices).contiguous(memory_format=torch.channels_last)
-        return self._normalise(images, self.dtype)
-
-    def _moved(self, parts: Iterator[Part]) -> Iterator[Batch]:
-        """For devices that have no copy stream of ours."""
-        for part in parts:
-            plain = iter([part._replace(draws=None)])
-            start = 0
-            for images, labels in self._host.batches(plain, self._labels, lambda helpers: None):
-                draws = None if part.draws is None else part.draws[start : start + len(labels)]
-                yield self._finish(images.to(self.device), draws), labels.to(self.device)
-                start += len(labels)
-
-    def _device_batches(self, parts: Iterator[Part], size: int) -> Iterator[Batch]:
-        for part in parts:
-            rows = on_device(part.rows, self.device)
-            for start in range(0, len(rows), size):
-                chosen = slice(start, start + size)
-                images = self._device_images.index_select(0, rows[chosen])
-                draws = None if part.draws is None else part.draws[chosen]
-                yield self._finish(images, draws), self._device_labels.index_select(0, rows[chosen])
+                yield Part(rows, draws, reader.data, reader.offsets(rows, start), np.arange(len(rows)))
+            self._plan_ahead(plan.epoch + 1)
 
     def close(self) -> None:
-        if not self._on_device:
-            self._host.end()
-        self._reading.end()
+        self._memory.close()
+        self._page_reader.end()
         self._data = np.empty(0, np.uint8)
-        self._device_images = self._device_labels = torch.empty(0, device="cpu")
         super().close()
 
 
-def _make_plan(
-    epoch: int,
-    order: EpochOrder,
-    subset: np.ndarray | None,
-    resident: bool,
-    augment: Augmentation | None,
-    samples: int,
-    seed: int,
-) -> Plan:
-    positions, windows = order.with_windows(epoch)
-    chosen = positions if subset is None else subset[positions]
-    draws = None if augment is None else augment.draw(samples, seed, epoch)[chosen]
-    if resident:
-        return Plan(positions, [], draws)
-    return Plan(chosen, windows, draws)
+def _choose_placement(device: torch.device, size: int) -> Literal["resident", "stream"]:
+    """The placement of `size` bytes of images."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return "resident" if size < RESIDENT_SHARE * free else "stream"
+    return "stream" if device.type == "cpu" else "resident"
+
+
+def _make_plan(order: EpochOrder, augment: Augmentation | None, samples: int, epoch: int) -> EpochPlan:
+    plan = order.plan(epoch)
+    if augment is None:
+        return plan
+    return plan._replace(draws=augment.draw(samples, order.seed, epoch)[plan.rows])

@@ -1,4 +1,4 @@
-"""Normalisation of pixel values, with torchvision's bits: on a device, and as a table for the host."""
+"""Normalisation of pixel values, bit for bit torchvision's: on a device, and as a table for the host."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class Normaliser:
     """(B, C, H, W) pixel values 0 to 255 to (value / 255 - mean) / std, computed in float32.
 
-    The same operations in the same order as torchvision's ToTensor and Normalize, so the same bits. The constants are
-    tensors on the device because a GPU multiplies by the reciprocal of a Python number instead of dividing by it.
+    The operations of torchvision's ToTensor and Normalize in their order, and so their bits. The constants are tensors
+    on the device, because a GPU multiplies by the reciprocal of a Python number instead of dividing by it.
 
     Args:
         mean, std: per channel, of pixel values scaled to [0, 1].
@@ -30,7 +30,7 @@ class Normaliser:
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> np.ndarray:
-    """(C, 256) int16 that carry the bits of a Normaliser for every byte; dtype is float16 or bfloat16."""
+    """(C, 256) int16, the bits of a Normaliser's value of each byte; dtype is float16 or bfloat16."""
     every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 1, 256).expand(1, len(mean), 1, 256)
     values = Normaliser(mean, std)(every_byte, dtype)
     table: np.ndarray = values.reshape(len(mean), 256).contiguous().view(torch.int16).numpy()

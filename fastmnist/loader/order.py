@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of (seed, epoch), the same on every machine and in every version.
+"""Order of an epoch's samples: a pure function of (seed, epoch), the same on every machine and in every version.
 
 Random bits are Philox's (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose stream numpy
 keeps stable; the seed is spread by numpy's SeedSequence. What numpy may change (Generator's methods) is not used.
@@ -6,20 +6,21 @@ keeps stable; the seed is spread by numpy's SeedSequence. What numpy may change 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fastmnist.loader.jit import jit
+from fastmnist.loader.kernels import jit
 
 Kind = Literal["random", "quasi_random", "sequential"]
 Uneven = Literal["pad", "drop"]
 
 ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM = 0, 1, 2  # one independent stream of bits per use
-BLOCK = 1 << 20  # random numbers that are drawn at a time
-WINDOW_PAGES = 32  # that are shuffled together: 64 MB of the files that we write
+BLOCK = 1 << 20  # random numbers drawn at a time
+WINDOW_PAGES = 32  # shuffled together: 64 MB of the files that we write
 
 
 def random_bits(count: int, seed: int, epoch: int, stream: int) -> np.ndarray:
@@ -53,108 +54,123 @@ def epoch_order(indices: np.ndarray, seed: int, epoch: int, stream: int = ORDER_
 
 @dataclass(frozen=True)
 class Window:
-    """Pages of the file that are shuffled together: `pages` (n,) int64, from position `start` of an epoch's order."""
+    """Pages of the file, (n,) int64, whose samples are shuffled together, from position `start` of an epoch on."""
 
     start: int
     pages: np.ndarray
 
 
 def quasi_random_order(
-    pages: np.ndarray, seed: int, epoch: int, window: int = WINDOW_PAGES
+    pages: np.ndarray, seed: int, epoch: int, window_pages: int = WINDOW_PAGES
 ) -> tuple[np.ndarray, list[Window]]:
-    """An order that visits pages in random order, `window` of them at a time, so that a reader keeps few in memory.
+    """Pages in random order, shuffled `window_pages` at a time, so that a reader keeps few of them in memory.
 
-    Within a window all positions are shuffled; with as many pages as that or fewer, every order is equally likely.
-    With more, benchmarks/research/shuffling.py measures how far it is from that.
+    All positions within a window are shuffled. With one window every order is equally likely;
+    benchmarks/research/shuffling.py measures how far from that several windows are.
 
     Args:
-        pages: (n,) integers of at least 0, the page that each position is on.
+        pages: (n,) integers of at least 0, the page of each position.
 
     Returns:
-        (n,) int64: positions 0 to n - 1; and the windows one after the other.
+        (n,) int64, positions 0 to n - 1; and the windows in order.
     """
     lowest = pages.min()
     counts = np.bincount(pages - lowest)
     distinct = np.flatnonzero(counts)
     visited = distinct[epoch_order(np.arange(len(distinct)), seed, epoch, PAGE_STREAM)]
-    # Of each page; numpy sorts 16 bits by radix, ten times as fast as more of them.
+    # Each page's turn. numpy sorts 16-bit integers by radix, ten times as fast as wider ones.
     turn = np.empty(len(counts), np.uint16 if len(distinct) <= 1 << 16 else np.int32)
     turn[visited] = np.arange(len(distinct))
     order = np.argsort(turn[pages - lowest], kind="stable")
     ends = np.cumsum(counts[visited])
-    starts = np.arange(0, len(distinct), window)
+    starts = np.arange(0, len(distinct), window_pages)
     edges = [0, *ends[starts[1:] - 1].tolist(), len(order)]
     generator = _generator(seed, epoch, ORDER_STREAM)
     for start, end in pairwise(edges):
         _shuffle(order[start:end], generator.random_raw(end - start))
     visited += lowest
-    windows = [Window(edge, visited[at : at + window]) for edge, at in zip(edges, starts.tolist(), strict=False)]
+    windows = [Window(edge, visited[at : at + window_pages]) for edge, at in zip(edges, starts.tolist(), strict=False)]
     return order, windows
+
+
+class EpochPlan(NamedTuple):
+    """One epoch of one process, made once and passed down.
+
+    Attributes:
+        epoch: its number.
+        rows: (n,) int64, the samples' numbers in the file, in order.
+        windows: pages of the file and where in `rows` they are needed from; only of a quasi-random order.
+        draws: (n, 4) float32, `Augmentation.draw` of each row; None where the loader does not augment.
+    """
+
+    epoch: int
+    rows: np.ndarray
+    windows: Sequence[Window] = ()
+    draws: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order of `count` samples in each epoch, and the part of it that falls to one of several processes.
+    """The order of `samples` in each epoch, and the share of one of several processes.
 
-    kind: "random"; "quasi_random" (see `quasi_random_order`, which needs `pages`); "sequential".
-    rank, world_size: this process takes every world_size-th sample from its rank on, so that one step of all
-    processes together takes what one process would take with a batch world_size times as large.
-    uneven: when world_size does not divide count, "pad" repeats the first samples of the order, "drop" leaves out its
-    last ones; all processes get the same number either way.
+    Attributes:
+        samples: (n,) int64, numbers of samples in the file.
+        kind: "random"; "quasi_random" (see `quasi_random_order`, which needs `pages`); "sequential".
+        pages: (n,) integers, the page of each of `samples`.
+        rank, world_size: this process takes every world_size-th sample from its rank on, so that one step of all
+            processes together takes what one process would take with a batch world_size times as large.
+        uneven: when world_size does not divide n, "pad" repeats the first samples of the order, "drop" leaves out its
+            last ones; all processes get the same number either way.
+
+    >>> orders = [EpochOrder(np.arange(5), "random", seed=0, rank=rank, world_size=2) for rank in range(2)]
+    >>> [len(order) for order in orders]
+    [3, 3]
+    >>> sorted({*orders[0].plan(epoch=7).rows.tolist(), *orders[1].plan(epoch=7).rows.tolist()})
+    [0, 1, 2, 3, 4]
     """
 
-    count: int
+    samples: np.ndarray
     kind: Kind
     seed: int
     pages: np.ndarray | None = None
     rank: int = 0
     world_size: int = 1
     uneven: Uneven = "pad"
-    _last: dict[int, tuple[np.ndarray, list[Window]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
-        """Samples that this process gets in each epoch."""
-        full, rest = divmod(self.count, self.world_size)
+        """Samples of this process in each epoch."""
+        full, rest = divmod(len(self.samples), self.world_size)
         return full + (rest > 0 and self.uneven == "pad")
 
-    def __call__(self, epoch: int) -> np.ndarray:
-        """(len,) int64: positions 0 to count - 1, in the order of that epoch."""
-        return self.with_windows(epoch)[0]
-
-    def with_windows(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
-        """The same, and which pages of the file are needed from where on in it; no windows unless quasi-random.
-
-        An epoch that is asked for again, by what loads and by what augments, is made once: not to be written to.
-        """
-        found = self._last.get(epoch)
-        if found is None:
-            found = self._make(epoch)
-            self._last.clear()
-            self._last[epoch] = found
-        return found
-
-    def _make(self, epoch: int) -> tuple[np.ndarray, list[Window]]:
-        order = np.arange(self.count)
-        windows: list[Window] = []
-        if self.kind == "random":
-            order = epoch_order(order, self.seed, epoch)
-        elif self.kind == "quasi_random":
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, without draws."""
+        if self.kind == "quasi_random":
             assert self.pages is not None
-            order, windows = quasi_random_order(self.pages, self.seed, epoch)
+            places, windows = quasi_random_order(self.pages, self.seed, epoch, WINDOW_PAGES)
+            return EpochPlan(epoch, self._share(self.samples[places]), self._share_of_windows(places, windows))
+        rows = epoch_order(self.samples, self.seed, epoch) if self.kind == "random" else self.samples.copy()
+        return EpochPlan(epoch, self._share(rows))
+
+    def _share(self, order: np.ndarray) -> np.ndarray:
+        """This process's part of the order of all."""
         if self.world_size == 1:
-            return order, windows
-        everybody = len(self) * self.world_size
-        mine = np.ascontiguousarray(np.resize(order, everybody)[self.rank :: self.world_size])
-        windows = [Window(self._turn(w.start), w.pages) for w in windows]
-        if windows and self._turn(self.count) < len(mine):  # it was padded with what comes first
-            again = self._turn(self.count)
-            assert self.pages is not None
-            windows.append(Window(again, np.unique(self.pages[mine[again:]])))
-        return mine, windows
+            return order
+        total = len(self) * self.world_size
+        return np.ascontiguousarray(np.resize(order, total)[self.rank :: self.world_size])
 
-    def _turn(self, place: int) -> int:
-        """How many places before `place` in the order of all are this process's."""
-        return max(0, -((self.rank - place) // self.world_size))
+    def _share_of_windows(self, places: np.ndarray, windows: list[Window]) -> list[Window]:
+        if self.world_size == 1:
+            return windows
+        assert self.pages is not None
+        shared = [Window(self._count_before(window.start), window.pages) for window in windows]
+        padding = self._count_before(len(self.samples))
+        if padding < len(self):  # padded with the order's first samples
+            shared.append(Window(padding, np.unique(self.pages[self._share(places)[padding:]])))
+        return shared
+
+    def _count_before(self, position: int) -> int:
+        """This process's samples among the first `position` of the order of all."""
+        return max(0, -((self.rank - position) // self.world_size))
 
 
 def sample_uniforms(count: int, seed: int, epoch: int, draws: int) -> np.ndarray:
@@ -162,7 +178,7 @@ def sample_uniforms(count: int, seed: int, epoch: int, draws: int) -> np.ndarray
     generator = _generator(seed, epoch, AUGMENT_STREAM)
     uniforms = np.empty(count * draws, np.float32)
     for start in range(0, len(uniforms), BLOCK):
-        part = uniforms[start : start + BLOCK]
-        part[:] = generator.random_raw(len(part)) >> np.uint64(40)  # 24 bits, all that a float32 holds
+        block = uniforms[start : start + BLOCK]
+        block[:] = generator.random_raw(len(block)) >> np.uint64(40)  # the 24 bits that a float32 holds
     uniforms *= np.float32(2.0**-24)
     return uniforms.reshape(count, draws)

@@ -1,11 +1,11 @@
-"""Bilinear resampling on the host: what the loader's augmentation and `fastmnist compile --expand` share.
+"""Bilinear resampling on the host, for the loader's augmentation and `fastmnist compile --expand`.
 
-Each output pixel needs four neighbours of a place in the image. Those four bytes are first laid side by side in one
-32-bit word per place, with a margin of background, so that nothing is tested at the border: then one load fetches what
-a pixel needs, and all that is left is arithmetic in vectors. Arrays are flat, for a row of 28 pixels fills no vectors.
+An output pixel needs four neighbouring bytes of the input. They are first packed into one 32-bit word per place, with a
+margin of background around the image: one load then fetches a pixel's input, no border is tested, and the arithmetic
+vectorises. Arrays are flat, because a row of 28 pixels fills no vectors.
 
 A matrix (2, 3) maps output pixels to input pixels: x_in = m[0] . (x, y, 1), y_in = m[1] . (x, y, 1), the centre of the
-first pixel at 0. What lies outside of the image is 0, background.
+first pixel at 0. Outside of the image is background, 0.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import math
 
 import numpy as np
 
-from fastmnist.loader.jit import jit, prefetch
-from fastmnist.loader.kernels import LINE, lines_of, rows_ahead
+from fastmnist.loader.kernels import LINE, jit, lines_of, prefetch, rows_ahead
 
-MARGIN = 3  # columns around the image: one before it, two behind
+MARGIN = 3  # columns around the image: one on its left, two on its right
 
 
 @jit
@@ -61,7 +60,7 @@ def interleave(image, height, width, channels, channel, padded, words):  # type:
 
 @jit
 def transform(matrix, x, y, in_x, in_y):  # type: ignore[no-untyped-def]
-    """in_x, in_y = where `matrix` (2, 3) float32 takes each pixel (x, y) from; all (H * W,) float32."""
+    """in_x, in_y = `matrix` (2, 3) float32 applied to each pixel (x, y); all (H * W,) float32."""
     a, b, c = matrix[0, 0], matrix[0, 1], matrix[0, 2]
     d, e, f = matrix[1, 0], matrix[1, 1], matrix[1, 2]
     for j in range(len(x)):
@@ -71,11 +70,11 @@ def transform(matrix, x, y, in_x, in_y):  # type: ignore[no-untyped-def]
 
 @jit
 def locate(in_x, in_y, height, width, places):  # type: ignore[no-untyped-def]
-    """places (H * W,) int32 = the word for each pixel; in_x, in_y become the weights of its right and lower bytes."""
+    """places (H * W,) int32 = the word of each pixel; in_x, in_y become the weights of its right and lower bytes."""
     stride, one, nought = np.int32(width + MARGIN), np.float32(1), np.float32(0)
     last_x, last_y = np.float32(width + 1), np.float32(height + 1)
     for j in range(len(places)):
-        x = min(max(in_x[j] + one, nought), last_x)  # farther out than the margin there is background too
+        x = min(max(in_x[j] + one, nought), last_x)  # beyond the margin is background too
         y = min(max(in_y[j] + one, nought), last_y)
         column, row = np.int32(x), np.int32(y)
         in_x[j] = x - np.float32(column)
@@ -84,14 +83,14 @@ def locate(in_x, in_y, height, width, places):  # type: ignore[no-untyped-def]
 
 
 @jit
-def blend(words, places, right, lower, found, values):  # type: ignore[no-untyped-def]
-    """values (H * W,) float32, 0 to 255, from `locate`'s results; found (H * W,) uint32 is scratch."""
+def blend(words, places, right, lower, gathered, values):  # type: ignore[no-untyped-def]
+    """values (H * W,) float32, 0 to 255, from the results of `locate`; gathered (H * W,) uint32 is scratch."""
     byte = np.uint32(255)
-    for j in range(len(values)):  # apart from the arithmetic, which then is in vectors
-        found[j] = words[places[j]]
+    for j in range(len(values)):  # a loop of its own, so that the arithmetic vectorises
+        gathered[j] = words[places[j]]
     for j in range(len(values)):
-        word = found[j]
-        # By way of int32, which vectors turn into floats; a uint32 they do not.
+        word = gathered[j]
+        # Through int32: vectors convert it to float, uint32 they do not.
         upper_left = np.float32(np.int32(word & byte))
         upper_right = np.float32(np.int32(word >> np.uint32(8) & byte))
         lower_left = np.float32(np.int32(word >> np.uint32(16) & byte))
@@ -105,8 +104,8 @@ def blend(words, places, right, lower, found, values):  # type: ignore[no-untype
 def similarity(draw, strengths, height, width, matrix):  # type: ignore[no-untyped-def]
     """matrix (2, 3) float32: p_in = R(-angle) / size * (p_out - centre - shift) + centre.
 
-    draw (4,) float32 in [-1, 1), by how much of `strengths` (shift in pixels, rotation in radians, change of size) to
-    the right, down, around and larger.
+    draw (4,) float32 in [-1, 1): right, down, rotation and size, in parts of `strengths` (shift in pixels, rotation in
+    radians, change of size).
     """
     shift, rotation, scale = strengths
     right, down, angle = draw[0] * shift, draw[1] * shift, draw[2] * rotation
@@ -120,7 +119,7 @@ def similarity(draw, strengths, height, width, matrix):  # type: ignore[no-untyp
 
 @jit
 def similarities(draws, strengths, height, width, matrices):  # type: ignore[no-untyped-def]
-    """The same for draws (n, 4) into matrices (n, 2, 3)."""
+    """`similarity` of draws (n, 4) into matrices (n, 2, 3)."""
     for i in range(len(draws)):
         similarity(draws[i], strengths, height, width, matrices[i])
 
@@ -129,15 +128,15 @@ def similarities(draws, strengths, height, width, matrices):  # type: ignore[no-
 def gather_warped(data, offsets, order, start, draws, strengths, height, width, scale, bias, out):  # type: ignore[no-untyped-def]
     """out[i] = image i resampled after the similarity of draws[start + i], times `scale` plus `bias` of its channel.
 
-    The first arguments are those of `kernels.gather`; draws (len(order), 4) float32 and strengths (3,) float64 are
-    those of `similarity`; scale, bias (C,) and out (n, H * W * C) float32.
+    data, offsets, order, start: as for `kernels.gather`. draws (len(order), 4) float32, strengths (3,) float64: as for
+    `similarity`. scale, bias (C,) and out (n, H * W * C) float32.
     """
     matrix = np.empty((2, 3), np.float32)
     channels, size, pixels = len(scale), out.shape[1], height * width
     ahead, lines, last = rows_ahead(size), lines_of(size), len(order) - 1
     x, y = pixel_grid(height, width)
     padded, words = scratch(height, width)
-    places, found = np.empty(pixels, np.int32), np.empty(pixels, np.uint32)
+    places, gathered = np.empty(pixels, np.int32), np.empty(pixels, np.uint32)
     in_x, in_y, values = np.empty(pixels, np.float32), np.empty(pixels, np.float32), np.empty(pixels, np.float32)
     for i in range(len(out)):
         coming = offsets[order[min(start + i + ahead, last)]]
@@ -149,7 +148,7 @@ def gather_warped(data, offsets, order, start, draws, strengths, height, width, 
         locate(in_x, in_y, height, width, places)
         for channel in range(channels):
             interleave(data[at : at + size], height, width, channels, channel, padded, words)
-            blend(words, places, in_x, in_y, found, values)
+            blend(words, places, in_x, in_y, gathered, values)
             times, plus, row = scale[channel], bias[channel], out[i]
             if channels == 1:
                 for j in range(pixels):

@@ -1,4 +1,4 @@
-"""Reads a file that is larger than memory by windows of pages, the next one while the current one is used.
+"""Windows of pages, read into memory one ahead of use: for a file larger than memory.
 
 A memory map would fetch 4 KiB at a time from random places of a window; whole pages come at the disk's speed.
 """
@@ -14,22 +14,24 @@ import numpy as np
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import DataError
-from fastmnist.loader.helpers import Helpers, Piece
+from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.order import Window
 
-AHEAD = 2  # pages that the disk is at work on beyond the one that is read: twice as fast as none, and so are more
+AHEAD = 2  # pages announced to the disk beyond the one read: twice as fast as none; more gain nothing
 
 
 class WindowReader:
-    """The images of an epoch's windows in memory of its own, `slots` windows at a time.
+    """The images of an epoch's windows, a few windows at a time in memory of its own.
+
+    Attributes:
+        data: (bytes,) uint8, that memory.
 
     Args:
-        file: that is read.
-        windows: of the epoch, one after the other.
-        first: the place of the epoch that it begins with; windows before it are not read.
-        step: samples that are asked for at a time, at most.
-        lag: samples before those that may still be gathered from `data` when the next ones are asked for.
-        helper: the thread that reads.
+        windows: of the epoch, in order.
+        first: position in the epoch to begin with; windows before it are not read.
+        step: most samples of a call of `offsets`.
+        lag: samples before a call's that may still be gathered from `data`.
+        helper: one thread, which reads.
     """
 
     def __init__(
@@ -38,21 +40,21 @@ class WindowReader:
         self._file, self._helper, self._lag = file, helper, lag
         windows = windows[sum(window.start <= first for window in windows) - 1 :]
         self._coming = deque(windows)
-        self._present: deque[tuple[Window, int, Piece]] = deque()  # with its slot
+        self._present: deque[tuple[Window, int, Task]] = deque()  # with its slot
         self._page_size = file.page_size
         self._width = max(len(window.pages) for window in windows)
         starts = np.array([window.start for window in windows])
-        # However the step falls, so many windows are in use at a time; one more is on its way.
+        # The most windows in use at a time, wherever a step falls; one more is being read.
         in_use = np.searchsorted(starts, starts + step + lag, side="left") - np.arange(len(starts)) + 1
         slots = min(int(in_use.max()) + 1, len(windows))
         self._free = deque(range(slots))
         self._memory = np.empty(slots * self._width * self._page_size, np.uint8)
         self.data = self._memory.view()
         self.data.flags.writeable = False
-        self._place = np.zeros(-(-file.file_size // self._page_size), np.int64)  # in `data`, of each page
+        self._place = np.zeros(-(-file.file_size // self._page_size), np.int64)  # of each page in `data`
 
     def offsets(self, samples: np.ndarray, start: int) -> np.ndarray:
-        """(n,) int64: where in `data` the images of `samples` (n,) are, which come at place `start` of the epoch.
+        """(n,) int64: where in `data` the images of `samples` (n,), from position `start` of the epoch, begin.
 
         Raises:
             DataError: the file cannot be read to its end.
@@ -62,15 +64,15 @@ class WindowReader:
             self._free.append(self._present.popleft()[1])
         while self._coming and self._free:
             self._begin(self._coming.popleft(), self._free.popleft())
-        for window, slot, piece in self._present:
+        for window, slot, task in self._present:
             if window.start >= stop:
                 break
-            piece.wait()
+            task.result()
             self._place[window.pages] = (slot * self._width + np.arange(len(window.pages))) * self._page_size
         at = self._file.offsets[samples]
         page = at // self._page_size
-        found: np.ndarray = self._place[page] + (at - page * self._page_size)
-        return found
+        offsets: np.ndarray = self._place[page] + (at - page * self._page_size)
+        return offsets
 
     def _begin(self, window: Window, slot: int) -> None:
         first = slot * self._width * self._page_size
@@ -79,13 +81,13 @@ class WindowReader:
 
 
 def _announce(file: Beton, start: int) -> None:
-    """Has the disk begin with a page: the system reads ahead of what is read in order, not of these."""
-    with suppress(AttributeError, OSError):  # macOS has no such call, some file systems do not take it
+    """Asks the disk for a page: the system reads ahead in sequence only, and pages are in random order."""
+    with suppress(AttributeError, OSError):  # macOS lacks the call, some file systems refuse it
         os.posix_fadvise(file.descriptor, start, file.page_size, os.POSIX_FADV_WILLNEED)
 
 
 def _read(file: Beton, pages: np.ndarray, memory: np.ndarray) -> None:
-    """Fills `memory` with whole pages (n,) of the file, in the order of their places on the disk."""
+    """Fills `memory` with whole pages (n,) of the file, which are read in the order of the file."""
     size, turns = file.page_size, np.argsort(pages).tolist()
     for turn, number in enumerate(turns):
         for later in turns[turn + AHEAD : turn + AHEAD + 1] if turn else turns[: AHEAD + 1]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmnist.loader.jit import jit, mend_array_types
+from fastmnist.loader.kernels import jit, mend_array_types
 from fastmnist.loader.warp import blend, interleave, locate, pixel_grid, scratch, transform
 
 VERSION = 1  # of the deformation; each makes its own images of a seed

@@ -16,7 +16,7 @@ from torch.nn import functional
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.loader.augment import Augmentation, warp_on_device
-from fastmnist.loader.cuda import on_device
+from fastmnist.loader.device import on_device
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
@@ -118,12 +118,12 @@ class Trainer:
         return loss.detach(), right
 
     def transforms(self, epoch: int) -> torch.Tensor | None:
-        """(images of the epoch in their order, 2, 3) on the device; None without augmentation."""
+        """(samples of the file, 2, 3) on the device; None without augmentation."""
         loader, augmentation = self.loader, self.augmentation
         if augmentation is None:
             return None
-        drawn = augmentation.draw(len(loader.file), loader.seed, epoch)[loader.epoch_indices(epoch)]
-        return on_device(augmentation.matrices(drawn, loader.file.image_shape[:2]), self.device)
+        draws = augmentation.draw(len(loader.file), loader.seed, epoch)
+        return on_device(augmentation.matrices(draws, loader.file.image_shape[:2]), self.device)
 
     def _transforms(self, epoch: int) -> torch.Tensor | None:
         """The same; made once when it is asked for again."""
@@ -173,10 +173,10 @@ class Trainer:
         """The first batches that are prepared together, and the transforms of their images."""
         state = self.loader.state_dict()
         self.loader.set_epoch(0)  # as many as there ever are
-        images, labels = next(iter(self.loader.chunks(self.chunk)))
+        images, labels, rows = next(iter(self.loader.chunks(self.chunk)))
         self.loader.load_state_dict(state)
         transforms = self._transforms(0)
-        return images, labels, None if transforms is None else transforms[: len(labels)]
+        return images, labels, None if transforms is None else transforms.index_select(0, rows)
 
     def load_example(self) -> None:
         """Loads the first `chunk` batches of the first epoch, to measure steps with."""
@@ -310,8 +310,8 @@ class Trainer:
     def _train(self, epoch: int, first: int) -> Iterator[int]:
         """Trains on the batches of an epoch from number `first` on; after each, how many of the epoch's are done."""
         batches, size, transforms = self.batches_of(epoch), self.loader.batch_size, self._transforms(epoch)
-        for images, labels in self.loader.chunks(self.chunk):
-            moves = None if transforms is None else transforms[first * size : first * size + len(labels)]
+        for images, labels, rows in self.loader.chunks(self.chunk):
+            moves = None if transforms is None else transforms.index_select(0, rows)
             self.load(images, labels, moves, first)
             end = min(first + len(labels) // size, batches)
             for at in range(first, end):

@@ -14,6 +14,7 @@ from fastmnist.loader.augment import Augmentation, warp_on_device
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.loader.warp import gather_warped
+from tests.loader.batches import joined
 
 STRONG = Augmentation(shift=4.0, rotation=40.0, scale=0.3)
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -145,10 +146,10 @@ def test_the_loader_gives_each_sample_its_own_transform_of_the_epoch(samples, th
     options = {"indices": subset, "device": "cpu", "seed": 3, "placement": placement, "threads": threads}
     with Loader(samples, batch_size, dtype=torch.float32, augment=STRONG, **options) as loader:
         loader.set_epoch(epoch)
-        taken, file = loader.epoch_indices(epoch), loader.file
-        found = torch.cat([images.clone() for images, _ in loader])
-        plain = torch.from_numpy(file.images(taken)).permute(0, 3, 1, 2).to(torch.float32)
-        matrices = STRONG.matrices(STRONG.draw(len(file), 3, epoch)[taken], file.image_shape[:2])
+        file = loader.file
+        found, _, rows = joined(loader.chunks())
+        plain = torch.from_numpy(file.images(rows.numpy())).permute(0, 3, 1, 2).to(torch.float32)
+        matrices = STRONG.matrices(STRONG.draw(len(file), 3, epoch)[rows], file.image_shape[:2])
         expected = Normaliser(*file.moments)(warp_on_device(plain, torch.from_numpy(matrices)))
     wrong = (found - expected).abs() > CLOSE / 255 / 0.28
     assert wrong.float().mean() <= 0.001

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from fastmnist.loader.jit import jit
-from fastmnist.loader.kernels import gather, gather_float32, gather_looked_up
+from fastmnist.loader.kernels import gather, gather_float32, gather_looked_up, jit
 from fastmnist.loader.normalise import Normaliser, normalisation_table
 
 TWO_BYTES = [torch.float16, torch.bfloat16]

@@ -1,29 +1,25 @@
-"""The loader: every sample once, in a known order, in memory that stays what it was for as long as it is held."""
+"""The Loader beyond the contract of all: its order, its memory, its states, its refusals."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import threading
 from collections import deque
-from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.transforms.functional import normalize
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, DataError
-from fastmnist.loader import gathering
-from fastmnist.loader.buffers import LEAST_KEPT, BufferPool, tensor_maker
-from fastmnist.loader.helpers import NAME
+from fastmnist.loader import host
+from fastmnist.loader.host import LEAST_KEPT, BufferPool, tensor_maker
 from fastmnist.loader.loader import DTYPES, Loader
 from fastmnist.loader.order import epoch_order
+from tests.loader.batches import assert_same_batches, copied, joined
 
 COUNT, SHAPE = 103, (6, 5)
 SETTINGS = {
@@ -38,7 +34,7 @@ ELSEWHERE = [("stream", 1), ("stream", 3), ("resident", 2)]  # (placement, threa
 def work_is_shared_among_threads():
     """Otherwise batches this small are gathered by one thread, whatever is asked for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gathering, "CALL_BYTES", 300)
+        patch.setattr(host, "CALL_BYTES", 300)
         yield
 
 
@@ -60,60 +56,7 @@ def open_loader(samples):
         yield make
 
 
-def values_of(images: np.ndarray, moments, dtype: torch.dtype) -> torch.Tensor:
-    """All images as the loader's documentation has them, by torchvision: (N, C, H, W)."""
-    tensors = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
-    return tensors if dtype == torch.uint8 else normalize(tensors.to(torch.float32).div(255), *moments).to(dtype)
-
-
-def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*batches, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def copied(batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(images.clone(), labels.clone()) for images, labels in batches]
-
-
-def assert_same_batches(found, expected) -> None:
-    found, expected = list(found), list(expected)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(one, other, strict=True))
-
-
 # What an epoch holds
-
-
-@given(
-    count=st.integers(1, 60),
-    shape=st.sampled_from([(5, 4), (1, 1), (3, 2, 3)]),
-    batch_size=st.integers(1, 70),
-    drop_last=st.booleans(),
-    seed=st.integers(0, 2**40),
-    order=st.sampled_from(["random", "sequential"]),
-    **SETTINGS,
-)
-def test_each_epoch_has_each_sample_once_with_its_label(
-    scratch, write_small_beton, count, shape, batch_size, drop_last, seed, order, **settings
-):
-    path = scratch() / "samples.beton"
-    images, labels = write_small_beton(path, count, shape, classes=1000, seed=seed % 97, page_size=64)
-    with Loader(path, batch_size, device="cpu", drop_last=drop_last, seed=seed, order=order, **settings) as loader:
-        values = values_of(images, loader.file.moments, settings["dtype"])
-        whole, rest = divmod(count, batch_size)
-        sizes = [batch_size] * whole + [rest] * bool(rest and not drop_last)
-        assert len(loader) == len(sizes)
-        for epoch in range(2):
-            batches = list(loader)
-            assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches] == sizes
-            taken = loader.epoch_indices(epoch)
-            assert len(set(taken.tolist())) == len(taken) == sum(sizes)
-            assert set(taken.tolist()) <= set(range(count))
-            if batches:
-                assert_same_batches([joined(batches)], [(values[taken], torch.from_numpy(labels[taken]))])
-            if order == "sequential":
-                assert taken.tolist() == list(range(sum(sizes)))
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
@@ -129,45 +72,11 @@ def test_the_order_is_that_of_seed_and_epoch_alone(open_loader, samples, epoch):
             np.testing.assert_array_equal(found_labels, labels[expected])
 
 
-def test_epochs_differ_and_are_reproducible(open_loader):
-    loader, again = open_loader(), open_loader()
-    epochs = [copied(loader) for _ in range(3)]
-    for one, other in itertools.combinations(epochs, 2):
-        assert not torch.equal(joined(one)[0], joined(other)[0])
-    for epoch in epochs:
-        assert_same_batches(epoch, again)
-
-
-def test_set_epoch_is_what_the_next_loop_runs_through(open_loader):
-    loader = open_loader()
-    epochs = [copied(loader) for _ in range(3)]
-    assert loader.epoch == 3
-    for epoch in (2, 0, 1):
-        loader.set_epoch(epoch)
-        assert loader.epoch == epoch
-        assert_same_batches(loader, epochs[epoch])
-        assert loader.epoch == epoch + 1
-
-
 @pytest.mark.parametrize("options", [{"shuffle": False}, {"order": "sequential"}])
 def test_sequential_is_the_order_of_the_file_each_time(open_loader, samples, options):
     loader = open_loader(**options)
     for _ in range(2):
         np.testing.assert_array_equal(joined(loader)[0][:, 0], samples[1])
-
-
-@pytest.mark.parametrize("placement", ["stream", "resident"])
-@given(chosen=st.permutations(range(40)), count=st.integers(1, 40), shuffle=st.booleans())
-def test_a_subset_gives_its_samples_and_no_other(samples, placement, chosen, count, shuffle):
-    path, images, labels = samples
-    subset = [c + 50 for c in chosen[:count]]
-    with Loader(path, 7, device="cpu", placement=placement, indices=subset, shuffle=shuffle) as loader:
-        found_images, found_labels = joined(loader)
-        taken = loader.epoch_indices(0)
-    assert sorted(taken.tolist()) == sorted(subset)
-    assert shuffle or taken.tolist() == subset
-    np.testing.assert_array_equal(found_images[:, 0], images[taken])
-    np.testing.assert_array_equal(found_labels, labels[taken])
 
 
 def test_a_subset_does_not_follow_later_changes_of_the_callers_array(open_loader, samples):
@@ -177,61 +86,7 @@ def test_a_subset_does_not_follow_later_changes_of_the_callers_array(open_loader
     np.testing.assert_array_equal(joined(loader)[0][:, 0], samples[1][10:20])
 
 
-def test_a_loop_that_is_left_early_is_followed_by_the_next_epoch(open_loader):
-    loader = open_loader()
-    epochs = [copied(loader) for _ in range(3)]
-    loader.set_epoch(0)
-    assert_same_batches(itertools.islice(loader, 3), epochs[0][:3])
-    assert_same_batches(itertools.islice(loader, 1), epochs[1][:1])
-    assert_same_batches(loader, epochs[2])
-
-
-def test_no_batch_at_all_when_the_only_one_is_dropped(open_loader):
-    loader = open_loader(COUNT + 1, drop_last=True)
-    assert len(loader) == 0
-    assert list(loader) == []
-    assert not len(loader.epoch_indices(0))
-
-
-@pytest.mark.parametrize("shape", [(6, 5), (4, 7, 3)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_images_are_channels_last_and_labels_int64(tmp_path, write_small_beton, shape, dtype):
-    write_small_beton(tmp_path / "a.beton", 20, shape)
-    channels = shape[2] if len(shape) == 3 else 1
-    with Loader(tmp_path / "a.beton", 8, device="cpu", dtype=dtype) as loader:
-        for images, labels in loader:
-            assert images.shape == (len(labels), channels, *shape[:2])
-            assert images.is_contiguous(memory_format=torch.channels_last)
-            assert (images.dtype, labels.dtype) == (dtype, torch.int64)
-
-
-def test_global_random_state_and_thread_counts_are_left_alone(open_loader):
-    def state():
-        _, keys, position, *_ = np.random.get_state()
-        return torch.get_rng_state().tolist(), keys.tolist(), position, torch.get_num_threads(), numba.get_num_threads()
-
-    before = state()
-    for placement, threads in ELSEWHERE:
-        list(open_loader(placement=placement, threads=threads, dtype=torch.float32))
-    assert state() == before
-
-
 # Memory
-
-
-@pytest.mark.parametrize(("placement", "threads"), ELSEWHERE)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_held_batch_never_changes(open_loader, dtype, placement, threads):
-    loader = open_loader(dtype=dtype, placement=placement, threads=threads)
-    held, copies = [], []
-    for epoch in range(6):
-        for number, (images, labels) in enumerate(loader):
-            if (epoch + number) % 3 == 0:
-                continue  # some memory is used again between the batches that are held
-            held.append((images, labels) if number % 2 else (images, labels.clone()))
-            copies += copied([(images, labels)])
-    assert len(held) > 2 * LEAST_KEPT
-    assert_same_batches(held, copies)
 
 
 @pytest.mark.parametrize(
@@ -490,21 +345,6 @@ def test_a_state_of_another_file_or_version_is_refused(tmp_path, open_loader, wr
 # The end
 
 
-@pytest.mark.parametrize(("placement", "threads"), ELSEWHERE)
-def test_a_closed_loader_is_not_iterated_and_batches_held_stay_valid(open_loader, placement, threads):
-    loader = open_loader(placement=placement, threads=threads)
-    held = list(loader)
-    copies = copied(held)
-    batches = iter(loader)
-    next(batches)
-    loader.close()
-    for begin in (lambda: iter(loader), lambda: next(batches)):
-        with pytest.raises(RuntimeError, match="closed"):
-            begin()
-    assert_same_batches(held, copies)
-    loader.close()  # once more does no harm
-
-
 def test_use_after_close_is_an_error_and_reads_no_memory(samples, in_a_new_process):
     """In a process of its own, because reading memory that is gone may end it."""
     script = """
@@ -547,33 +387,6 @@ def test_closing_a_loader_leaves_a_file_that_the_caller_opened(samples):
             first.close()
             assert len(joined(second)[0]) == COUNT
         np.testing.assert_array_equal(file.images(np.arange(COUNT))[..., 0], images)
-
-
-def gather_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == NAME]
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files there")
-def test_loops_left_early_leave_no_thread_and_no_open_file(samples):
-    def open_descriptors() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    before = open_descriptors()
-    assert not gather_threads()
-    for close in (True, False):
-        for _ in range(15):
-            loader = Loader(samples[0], 10, device="cpu", threads=3)
-            for _ in range(10):
-                for _ in loader:
-                    break
-                assert 0 < len(gather_threads()) <= 2  # this thread is the third
-            if close:
-                loader.close()
-            del loader
-            for thread in gather_threads():
-                thread.join(10)  # of a loader that was forgotten they end by themselves, soon
-        assert not gather_threads()
-        assert open_descriptors() <= before
 
 
 # Settings
@@ -668,17 +481,3 @@ def test_a_uint8_loader_asks_for_no_statistics(tmp_path, write_small_beton, monk
     assert len(list(Loader(tmp_path / "a.beton", 8, device="cpu"))) == 3
     with pytest.raises(AssertionError, match="moments"):
         Loader(tmp_path / "a.beton", 8, device="cpu", dtype=torch.float32)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_chunks_are_the_batches_laid_together(samples, count, device):
-    with Loader(samples[0], 10, seed=3, device=device) as each, Loader(samples[0], 10, seed=3, device=device) as loader:
-        for first in (0, 2):
-            each.seek(1, first)
-            loader.seek(1, first)
-            batches, chunks = list(each), list(loader.chunks(count))
-            assert [len(labels) for _, labels in chunks[:-1]] == [10 * count] * (len(chunks) - 1)
-            for part in (0, 1):
-                assert torch.equal(torch.cat([c[part] for c in chunks]), torch.cat([b[part] for b in batches]))
-            assert loader.state_dict() == each.state_dict()

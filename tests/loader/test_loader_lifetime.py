@@ -26,10 +26,10 @@ import torch
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import DataError
-from fastmnist.loader import gathering
-from fastmnist.loader import helpers as threads
+from fastmnist.loader import helpers, host
 from fastmnist.loader.augment import Augmentation
-from fastmnist.loader.helpers import Helpers, Piece
+from fastmnist.loader.helpers import NAME, Helpers, Task
+from fastmnist.loader.kernels import gather
 from fastmnist.loader.loader import Loader
 
 COUNT = 300
@@ -44,7 +44,7 @@ KINDS = [
 @pytest.fixture(autouse=True)
 def work_is_shared_among_threads(monkeypatch):
     """Otherwise batches this small are gathered by one thread, whatever is asked for."""
-    monkeypatch.setattr(gathering, "CALL_BYTES", 512)
+    monkeypatch.setattr(host, "CALL_BYTES", 512)
 
 
 @pytest.fixture
@@ -308,62 +308,77 @@ def test_an_epoch_may_be_finished_by_another_thread_once_the_first_one_is_dead(p
 
 
 def test_an_error_in_a_helper_arrives_with_its_traceback(path, monkeypatch):
-    begun = threading.Event()
+    broken, begun = threading.Event(), threading.Event()
 
     def broken_in_a_helper(*arguments):
-        if threading.current_thread().name.startswith(threads.NAME):
-            begun.set()
-            raise ZeroDivisionError("a planted error")
-        begun.wait(60)
-        return real(*arguments)
+        if broken.is_set():
+            if threading.current_thread().name == NAME:
+                begun.set()
+                raise ZeroDivisionError("a planted error")
+            begun.wait(60)
+        return gather(*arguments)
 
+    monkeypatch.setattr(host, "gather", broken_in_a_helper)
     with Loader(path, 32, device="cpu", threads=3) as loader:
         expected = list(loader)
-        real = loader._host._kernel
-        monkeypatch.setattr(loader._host, "_kernel", broken_in_a_helper)
+        broken.set()
         with pytest.raises(ZeroDivisionError, match="planted") as error:
             list(loader)
         assert "broken_in_a_helper" in "".join(traceback.format_tb(error.value.__traceback__))
-        monkeypatch.undo()
+        broken.clear()
         loader.set_epoch(0)
         assert_same(loader, expected)
 
 
-def test_a_piece_is_done_once_by_whoever_comes_first(monkeypatch):
-    helpers, done = Helpers(1), []
-    piece = helpers.submit(done.append, 1)
-    piece.wait()
-    piece.wait()
-    assert piece.is_over()
-    assert not piece.run_if_free()
+def test_a_task_runs_once_in_the_thread_that_comes_first(monkeypatch):
+    pool, done = Helpers(1), []
+    task = pool.submit(done.append, 1)
+    task.result()
+    task.result()
+    assert task.done()
+    assert not task.run_if_free()
     assert done == [1]
     alone = Helpers(0).submit(lambda: done.append(2) or "result")
-    assert not alone.is_over()
-    assert alone.wait() == "result"
-    cancelled = Piece(done.append, 3)
+    assert not alone.done()
+    assert alone.result() == "result"
+    cancelled = Task(done.append, 3)
     cancelled.cancel()
     assert not cancelled.run_if_free()
     assert done == [1, 2]
-    helpers.end()
-    helpers.submit(done.append, 4).wait()  # a new one begins
+    pool.end()
+    pool.submit(done.append, 4).result()  # a new thread starts
     assert done == [1, 2, 4]
-    begun = Piece(done.append, 5)
-    begun._taken.acquire()
-    monkeypatch.setattr(threads.os, "getpid", lambda: -1)  # as in a forked child
-    piece.wait()
-    begun.wait()
-    helpers.submit(done.append, 6).wait()
-    assert done == [1, 2, 4, 5, 6]
-    helpers.end()
+    pool.end()
 
 
-def test_a_helper_that_died_is_not_waited_for_for_ever(monkeypatch):
-    monkeypatch.setattr(threads, "LOOK_AGAIN", 0.01)
-    monkeypatch.setattr(threads, "NAME", "a name that no thread has")
-    piece = Piece(print)
-    piece.cancel()
-    with pytest.raises(RuntimeError, match="helper thread ended"):
-        piece.wait()
+def test_a_forked_child_repeats_a_task_that_its_parents_helper_had_begun(monkeypatch):
+    pool, begun, released = Helpers(1), threading.Event(), threading.Event()
+
+    def work() -> str:
+        if threading.current_thread().name == NAME:
+            begun.set()
+            released.wait(60)
+        return threading.current_thread().name
+
+    finished = pool.submit(work)
+    task = pool.submit(work)
+    assert begun.wait(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(helpers.os, "getpid", lambda: -1)  # as in the child
+        assert finished.result() == threading.current_thread().name
+    released.set()
+    assert finished.result() == NAME
+    task.result()
+    pool.end()
+
+
+def test_a_helper_that_died_is_not_waited_for_forever(monkeypatch):
+    monkeypatch.setattr(helpers, "LIVENESS_SECONDS", 0.01)
+    monkeypatch.setattr(helpers, "NAME", "a name that no thread has")
+    task = Task(print)
+    task.cancel()
+    with pytest.raises(RuntimeError, match="helper thread"):
+        task.result()
 
 
 def test_a_process_may_end_in_the_middle_of_an_epoch(path, tmp_path, in_a_new_process, monkeypatch):
@@ -371,10 +386,10 @@ def test_a_process_may_end_in_the_middle_of_an_epoch(path, tmp_path, in_a_new_pr
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
     script = """
         import sys
-        from fastmnist.loader import gathering
+        from fastmnist.loader import host
         from fastmnist.loader.loader import Loader
 
-        gathering.CALL_BYTES = 512
+        host.CALL_BYTES = 512
         loader = Loader(sys.argv[1], 32, device="cpu", threads=3)
         batches = iter(loader)
         next(batches)

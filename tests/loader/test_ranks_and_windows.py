@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,14 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmnist.errors import ConfigError, DataError
-from fastmnist.loader import gathering
+from fastmnist.loader import host
 from fastmnist.loader import loader as loader_module
 from fastmnist.loader import order as order_module
 from fastmnist.loader import windows as paging
+from fastmnist.loader.kernels import gather
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.order import EpochOrder, epoch_order, quasi_random_order
 from fastmnist.system import machine
 from fastmnist.system.machine import available_memory
+from tests.loader.batches import joined
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,9 @@ def paged(tmp_path_factory: pytest.TempPathFactory, write_small_beton) -> Path:
 @given(count=st.integers(1, 200), world=st.integers(1, 9), seed=st.integers(0, 99), epoch=st.integers(0, 5))
 def test_each_sample_goes_to_one_process(count: int, world: int, seed: int, epoch: int) -> None:
     for uneven in ("pad", "drop"):
-        orders = [EpochOrder(count, "random", seed, rank=r, world_size=world, uneven=uneven) for r in range(world)]
-        parts = [order(epoch) for order in orders]
+        samples = np.arange(count)
+        orders = [EpochOrder(samples, "random", seed, rank=r, world_size=world, uneven=uneven) for r in range(world)]
+        parts = [order.plan(epoch).rows for order in orders]
         assert {len(part) for part in parts} == {len(orders[0])}
         times = Counter(np.concatenate(parts).tolist())
         if uneven == "pad":
@@ -98,7 +102,7 @@ from fastmnist.loader.loader import Loader
 rank, path, meeting = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
 loader = Loader(path, 100, device="cpu")
-print(json.dumps([loader.rank, loader.world_size, loader.epoch_indices(0).tolist()]))
+print(json.dumps([loader.rank, loader.world_size, torch.cat([rows for _, _, rows in loader.chunks()]).tolist()]))
 torch.distributed.destroy_process_group()
 """
 
@@ -152,17 +156,6 @@ def test_quasi_random_epochs_differ_and_repeat() -> None:
     assert not np.array_equal(pages[first], pages[quasi_random_order(pages, 2, 0, 8)[0]])
 
 
-@pytest.mark.parametrize("placement", ["stream", "resident"])
-def test_a_quasi_random_loader_hands_out_every_sample(paged: Path, placement: str) -> None:
-    with Loader(paged, 64, device="cpu", order="quasi_random", placement=placement) as loader:
-        whole = loader.file.images(loader.epoch_indices(0))
-        labels = loader.file.labels[loader.epoch_indices(0)]
-        batches = list(loader)
-        assert sorted(loader.epoch_indices(0).tolist()) == list(range(1000))
-    assert np.array_equal(torch.cat([images for images, _ in batches]).permute(0, 2, 3, 1).numpy(), whole)
-    assert np.array_equal(torch.cat([found for _, found in batches]).numpy(), labels)
-
-
 def test_auto_is_quasi_random_only_where_memory_is_short(paged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Loader(paged, 64, device="cpu").order == "random"
     monkeypatch.setattr(loader_module, "available_memory", lambda: 1000)
@@ -177,7 +170,7 @@ def test_available_memory_is_plausible() -> None:
 
 
 def test_one_process_has_the_plain_order() -> None:
-    assert np.array_equal(EpochOrder(50, "random", 7)(3), epoch_order(np.arange(50), 7, 3))
+    assert np.array_equal(EpochOrder(np.arange(50), "random", 7).plan(3).rows, epoch_order(np.arange(50), 7, 3))
 
 
 GROUPS = {
@@ -220,26 +213,26 @@ def test_windows_are_read_as_they_are_mapped(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order_module, "WINDOW_PAGES", window)
-        patch.setattr(quasi_random_order, "__defaults__", (window,))
-        patch.setattr(loader_module, "SAMPLES_AT_A_TIME", 100)
+        patch.setattr(loader_module, "PART_SAMPLES", 100)
         indices = np.arange(999, 200, -2) if subset else None
         options = {"indices": indices, "rank": ranks - 1, "world_size": ranks, "dtype": torch.uint8}
         with Loader(paged, batch_size, device="cpu", order="quasi_random", **options) as loader:
             batch = min(first, len(loader) - 1)
             loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batch": batch})
-            taken = loader.epoch_indices(epoch)[batch * batch_size :]
-            found = list(loader)
-            assert np.array_equal(
-                torch.cat([images for images, _ in found]).permute(0, 2, 3, 1).numpy(), loader.file.images(taken)
+            images, labels, rows = joined(loader.chunks())
+            expected = EpochOrder(
+                loader.indices, "quasi_random", 0, loader.file.offsets[loader.indices] // 1024, ranks - 1, ranks
             )
-            assert np.array_equal(torch.cat([labels for _, labels in found]).numpy(), loader.file.labels[taken])
+            assert np.array_equal(rows, expected.plan(epoch).rows[batch * batch_size :])
+            assert np.array_equal(images.permute(0, 2, 3, 1), loader.file.images(rows.numpy()))
+            assert np.array_equal(labels, loader.file.labels[rows])
 
 
 def test_a_file_that_is_cut_within_an_epoch_is_an_error(paged: Path, tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "cut.beton"
     path.write_bytes(paged.read_bytes())
-    monkeypatch.setattr(quasi_random_order, "__defaults__", (2,))
-    monkeypatch.setattr(loader_module, "SAMPLES_AT_A_TIME", 64)
+    monkeypatch.setattr(order_module, "WINDOW_PAGES", 2)
+    monkeypatch.setattr(loader_module, "PART_SAMPLES", 64)
     with Loader(path, 64, device="cpu", order="quasi_random") as loader:
         batches = iter(loader)
         next(batches)
@@ -255,28 +248,29 @@ def test_a_window_is_not_read_over_while_helpers_still_gather_from_it(
     paged: Path, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
     """Calls are given out ahead of what is gathered: here each waits, so that reading would overtake it."""
-    monkeypatch.setattr(gathering, "CALL_BYTES", 256)
-    monkeypatch.setattr(loader_module, "SAMPLES_AT_A_TIME", 16)
-    monkeypatch.setattr(quasi_random_order, "__defaults__", (1,))
+    threads = set()
+
+    def late_gather(*arguments: object) -> None:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.003)
+        gather(*arguments)
+
+    monkeypatch.setattr(host, "CALL_BYTES", 256)
+    monkeypatch.setattr(host, "gather", late_gather)
+    monkeypatch.setattr(loader_module, "PART_SAMPLES", 16)
+    monkeypatch.setattr(order_module, "WINDOW_PAGES", 1)
     with Loader(paged, 16, device="cpu", order="quasi_random", threads=4) as loader:
-        real = loader._host._kernel
-
-        def late(*arguments: object) -> None:
-            time.sleep(0.003)
-            real(*arguments)
-
-        monkeypatch.setattr(loader._host, "_kernel", late)
-        assert loader._host.threads == 4
-        loader.load_state_dict(loader.state_dict() | {"batch": first})
-        found = torch.cat([images.clone() for images, _ in loader]).permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(found, loader.file.images(loader.epoch_indices(0)[first * 16 :]))
+        loader.seek(0, first)
+        images, _, rows = joined(loader.chunks())
+        assert len(threads) == 2  # this one and helpers
+        assert np.array_equal(images.permute(0, 2, 3, 1), loader.file.images(rows.numpy()))
 
 
 def test_a_resumed_epoch_reads_no_window_that_is_past(paged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     real = paging._read
     monkeypatch.setattr(paging, "_read", lambda file, pages, memory: read.extend(pages) or real(file, pages, memory))
-    monkeypatch.setattr(quasi_random_order, "__defaults__", (2,))
+    monkeypatch.setattr(order_module, "WINDOW_PAGES", 2)
     with Loader(paged, 64, device="cpu", order="quasi_random") as loader:
         loader.load_state_dict(loader.state_dict() | {"batch": len(loader) - 1})
         assert len(list(loader)) == 1
