@@ -1,20 +1,19 @@
-"""What changed between two results beyond the noise: of `fastmnist bench` (bench.json) or `pytest benchmarks --rows`.
+"""Changes beyond the noise between two results: of `fastmnist bench`, `pytest benchmarks --rows` or gpu_suite.py.
 
     python benchmarks/compare.py BEFORE.json AFTER.json [--threshold 0.05]
 
-Rows are matched by group, name, settings and device. A change counts when the two medians are further apart than the
-threshold and their 95 % intervals have no value in common; with fewer than 6 values there is no such interval, and no
-verdict. More is better of images/s and of ratios, less of seconds and bytes.
+Rows are matched by group, name, settings and device. A change counts when the medians differ by more than the threshold
+and the 95 % intervals are disjoint; fewer than 6 values have no such interval, and no verdict. More is better of
+images/s, ratios and shares; less of seconds and bytes.
 
-A row with a ratio ("of_limit", what it is of the least that it could take; else "over_plain", what it is of the plain
-DataLoader) is worse when both its figure and that ratio are. The ratio was taken turn by turn on the same machine:
-where it stays, the whole machine was slower. Where the ratio alone has changed, or they contradict each other, what
-else ran there may have met the one side and not the other: that is called unclear. A row without a ratio is judged by
-its figure, but a time must have changed by more than the plain copies in the two files have, too. Where the hardware
-differs, ratios alone are judged. The plain copies themselves ("limit") are the machine, not the program: no verdict.
+A row with a ratio ("of_limit", to the least that it could take; else "over_plain", to the plain DataLoader) is worse
+when both its figure and that ratio are. The ratio was taken turn by turn: where it stays, the whole machine was slower.
+Where only the ratio changed, or the two contradict each other, another load may have met one side alone: "unclear". A
+row without a ratio is judged by its figure, but a time must change by more than the plain copies of the two files do.
+Where the hardware differs, only ratios are judged. The plain copies ("limit") have no verdict: they are the machine.
 
 Exit status: 1 when a row is worse, 0 when none is, 2 when a file cannot be used. Rows that are in one file only, or
-failed in one, are listed and decide nothing: what fails in a benchmark has failed that command already.
+failed in one, are listed and decide nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,15 +36,13 @@ from fastmnist.system.statistics import LEAST_FOR_INTERVAL, Summary
 
 RATIOS = ("of_limit", "over_plain")
 HEADINGS = {"of_limit": "of the limit", "over_plain": "over plain"}
-MORE_IS_BETTER = {"images/s": True, "ratio": True, "seconds": False, "bytes": False}
-DRIFTS = ("images/s", "seconds")  # with the machine; bytes do not
+MORE_IS_BETTER = {"images/s": True, "ratio": True, "share": True, "seconds": False, "bytes": False}
+DRIFTS = ("images/s", "seconds")  # with the machine; the other units do not
 NOT_A_TERMINAL = 150  # columns then
 ORIGIN = "give a file that `fastmnist bench` or `pytest benchmarks --rows` wrote"
 
+Row = Mapping[str, Any]
 Key = tuple[str, str, str, str]
-Verdict = Literal[
-    "better", "worse", "no different", "unclear", "too few values", "the machine", "other hardware", "unknown unit"
-]
 
 
 class BadFileError(Exception):
@@ -54,7 +51,7 @@ class BadFileError(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """Of one measure: `before` to `after`; factor: how far apart they are, 1 or more, whichever is larger."""
+    """One measure before and after. factor: the larger median over the smaller one."""
 
     before: Summary
     after: Summary
@@ -72,7 +69,7 @@ class Change:
             return "none" if self.factor == 1 else f"{self.before.median:g} to {self.after.median:g}"
         return f"{100 * (self.after.median / self.before.median - 1):+.1f} %"
 
-    def verdict(self, more_is_better: bool, threshold: float) -> Verdict:
+    def verdict(self, more_is_better: bool, threshold: float) -> str:
         if min(self.before.n, self.after.n) < LEAST_FOR_INTERVAL:
             return "too few values"
         if self.before.overlaps(self.after) or self.factor <= 1 + threshold:
@@ -82,29 +79,25 @@ class Change:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row that is in both files. changes: by measure, "figure" for its own; ratio: which of them was judged, too."""
+    """A row of both files. changes: by measure, "figure" for its own. ratio: the one that was judged with it."""
 
     key: Key
     unit: str
     changes: dict[str, Change]
-    verdict: Verdict
+    verdict: str
     ratio: str | None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file.
-
-    Raises:
-        BadFileError: it is missing, no JSON, has no rows or a row that is none.
-    """
+    """The rows of a file; raises BadFileError when it is missing, no JSON, or has no or malformed rows."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadFileError(f"{path}: cannot be read: {error.strerror or error}; {ORIGIN}") from None
     except (ValueError, RecursionError) as error:
         raise BadFileError(f"{path}: is no JSON ({' '.join(str(error).split())}); {ORIGIN}") from None
-    rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
+    rows = list(_rows(content))
+    if not rows:
         raise BadFileError(f'{path}: has no "rows"; {ORIGIN}')
     for at, found in enumerate(rows):
         if (what := _wrong(found)) is not None:
@@ -115,8 +108,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _rows(content: Any) -> Iterator[Any]:
+    """All "rows" of a result and of its parts."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from value if name == "rows" and isinstance(value, list) else _rows(value)
+
+
 def _wrong(found: Any) -> str | None:
-    """What is wrong with a row."""
+    """The defect of a row; None of a good one."""
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("group", "name")):
         return "has no group and name"
     label = f"({found['group']}: {found['name']})"
@@ -134,18 +134,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def key_of(found: Mapping[str, Any]) -> Key:
-    """Group, name, device and settings, but for those that are not set."""
+def key_of(found: Row) -> Key:
+    """Group, name, device, and the settings that are not None."""
     settings = {name: value for name, value in found.get("settings", {}).items() if value is not None}
     device = str(found.get("device", "")).partition(":")[0]
     return found["group"], found["name"], device, json.dumps(settings, sort_keys=True)
 
 
-def _summary(found: Mapping[str, Any]) -> Summary:
+def _summary(found: Row) -> Summary:
     return Summary(**{item.name: found[item.name] for item in fields(Summary)})
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
+def _changes(before: Row, after: Row) -> dict[str, Change]:
     found = {"figure": Change(_summary(before), _summary(after))}
     for measure in RATIOS:
         if measure in before and measure in after:
@@ -156,14 +156,12 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, C
 
 
 def drift(before: Mapping[Key, Any], after: Mapping[Key, Any]) -> float:
-    """The largest change of a plain copy, as a share: what the machine alone does to a figure."""
+    """The largest change of a plain copy, as a share: the effect of the machine alone."""
     both = [(before[key], after[key]) for key in before if key in after and before[key].get("kind") == "limit"]
     return max((_changes(*pair)["figure"].factor - 1 for pair in both), default=0.0)
 
 
-def compare(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], threshold: float
-) -> list[Compared]:
+def compare(before: Sequence[Row], after: Sequence[Row], threshold: float) -> list[Compared]:
     """A verdict on each row that was measured in both."""
     old, new = ({key_of(found): found for found in rows if "error" not in found} for rows in (before, after))
     drifted = max(threshold, drift(old, new))
@@ -178,13 +176,13 @@ def compare(
 
 
 def _verdict(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
+    before: Row,
+    after: Row,
     changes: Mapping[str, Change],
     ratio: str | None,
     threshold: float,
     drifted: float,
-) -> Verdict:
+) -> str:
     unit, same_hardware = before["unit"], before.get("hardware") == after.get("hardware")
     if "limit" in (before.get("kind"), after.get("kind")):
         return "the machine"
@@ -199,8 +197,8 @@ def _verdict(
     return found if changes["figure"].verdict(MORE_IS_BETTER[unit], threshold) == found else "unclear"
 
 
-def differences(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What else is different: hardware, versions, device and data, each once."""
+def differences(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+    """Lines that name each difference in hardware, versions, device and data."""
     lines = []
     old, new = (next((found for found in rows if "error" not in found), {}) for rows in (before, after))
     for part in ("hardware", "versions"):
@@ -214,8 +212,8 @@ def differences(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str
     return lines
 
 
-def one_sided(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows that were measured in one file only, with why they were not in the other where it says so."""
+def one_sided(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+    """Lines that name each row measured in one file only, with the reason where the other file has one."""
     lines = []
     for rows, others, here, there in ((before, after, "before", "after"), (after, before, "after", "before")):
         measured = {key_of(found) for found in others if "error" not in found}
@@ -259,18 +257,11 @@ def _table(compared: Sequence[Compared]) -> Table:
     return table
 
 
-def _where(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+def _where(path: Path, rows: Sequence[Row]) -> str:
     found = next((found for found in rows if "hardware" in found), {})
     parts = [describe_hardware(found["hardware"])] if "hardware" in found else []
     parts += [str(found.get("date", ""))[:16], f"commit {found['commit']}" if found.get("commit") else ""]
     return f"{path}: {len(rows)} rows, " + ", ".join(part for part in parts if part)
-
-
-def _threshold(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,8 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--threshold", type=_threshold, default=0.05, help="a share; less is no change (0.05)")
+    parser.add_argument("--threshold", type=float, default=0.05, help="a share; less is no change (0.05)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.threshold < math.inf:
+        parser.error(f"--threshold {options.threshold}: must be 0 or more")
     try:
         before, after = read(options.before), read(options.after)
         compared = compare(before, after, options.threshold)

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: what it calls a change, which measure decides, and what it says of files it cannot use."""
+"""benchmarks/compare.py: its verdicts, the measure that decides, and files that it refuses."""
 
 import importlib.util
 import json
@@ -221,6 +221,13 @@ def test_rows_of_one_side_are_listed_and_decide_nothing(run):
     assert "only after: loader: new (cpu)" in lines
     assert "only after: loader: x (batch_size 4, cpu)" in lines
     assert "1 row in both: 1 no different." in lines
+
+
+def test_the_rows_of_all_parts_are_compared(compare, tmp_path):
+    parts = {"steps": {"peak": 1.0, "rows": [made("a")]}, "runs": {"fast": {"rows": [made("b")], "runs": [{"c": 1}]}}}
+    path = tmp_path / "parts.json"
+    path.write_text(json.dumps({"rows": [made("c")], **parts}))
+    assert [found["name"] for found in compare.read(path)] == ["c", "a", "b"]
 
 
 GOOD = [made()]
