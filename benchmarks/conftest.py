@@ -1,13 +1,12 @@
-"""What the benchmarks share: the images, how a round is measured, and the rows that come of it.
+"""Fixtures of the benchmarks: the images, the measurement of a round, and the rows of the result.
 
     pytest benchmarks [--data-dir FOLDER] [--rows benchmarks/results/suite.json]
 
 With --rows each benchmark becomes a row as `fastmnist bench` writes it: every value, n, median, 95 % interval,
-settings, hardware, versions, date and commit. What failed or is missing here is a row too, with its reason as "error".
+settings, hardware, versions, date and commit; one that failed or was skipped is a row with the reason as "error".
 benchmarks/compare.py compares two such files. pytest-benchmark's own options (--benchmark-json, --benchmark-compare)
-work as ever; where a benchmark measures in another process, or step by step in turn with something else, its clock is
-told what was measured there. Only ratios of one round mean something on a machine that others use too: "of_limit" is
-what a round is of the least that it could take, which is measured right before it.
+work too. Only ratios of one round mean something on a shared machine: "of_limit" is a round's ratio to the least that
+it could take, measured right before it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from warnings import filterwarnings
 
 import numpy as np
@@ -37,10 +36,11 @@ from fastmnist.system.statistics import ratios, row
 
 ROUNDS = 7  # at least 6: fewer values have no 95 % interval
 Seconds = float
+Turn = tuple[Seconds, Seconds | None]  # of a round, and of the limit in the same turn
 
 
 class Data:
-    """The training images that all are measured with; note: why it is these."""
+    """The training images of all benchmarks; note says why these."""
 
     def __init__(self, path: Path, note: str) -> None:
         self.path, self.note = path, note
@@ -63,7 +63,7 @@ class Data:
         return beton_path(self.file.integrity.dataset, "test", self.path.parent)
 
     def copying(self, dtype: torch.dtype) -> Callable[[int], Seconds]:
-        """images -> seconds of a plain copy of as many, as `dtype`: the memory's limit for who hands them out."""
+        """images -> seconds of a plain copy of as many, as `dtype`: the memory's limit."""
         dense = self.images.to(dtype)
         target = torch.empty_like(dense)
 
@@ -77,16 +77,9 @@ class Data:
         return copy
 
 
-class Turn(NamedTuple):
-    """What was measured elsewhere: seconds, and those of the limit in the same turn."""
-
-    seconds: Seconds
-    limit: Seconds | None = None
-
-
 @dataclass
-class Told:
-    """A clock that stands still but for what it is told."""
+class ManualClock:
+    """A clock that only `now` moves: pytest-benchmark reads off it what was measured here or in another process."""
 
     now: Seconds = 0.0
 
@@ -95,8 +88,8 @@ class Told:
 
 
 @dataclass
-class Session:
-    """What `pytest_terminal_summary` and --rows tell."""
+class Result:
+    """Rows for --rows and for the summary on the terminal, and the parts that all of them share."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +97,7 @@ class Session:
     note: str = ""
 
 
-TOLD, SESSION = Told(), Session()
+CLOCK, RESULT = ManualClock(), Result()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -119,20 +112,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install '.[dev]'")
-    # What it has to say itself, of nothing to compare with for example, is no error.
+    # Its own warnings, of nothing to compare with for example, are no errors.
     filterwarnings("default", module="pytest_benchmark")
-    config.addinivalue_line("markers", "last: changes this process for what comes after it")
+    config.addinivalue_line("markers", "last: changes this process for the benchmarks after it")
     file = config.getoption("--rows")
-    if file is not None and not file.absolute().parent.is_dir():  # not after all has been measured
+    if file is not None and not file.absolute().parent.is_dir():  # now, not after an hour of measuring
         raise pytest.UsageError(f"--rows {file}: there is no folder {file.absolute().parent}; make it first")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        marker = item.get_closest_marker("benchmark")
-        if marker is not None and "measure_told" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(**marker.kwargs, timer=TOLD), append=False)
-        # That a benchmark failed is said once, by its own error.
+        if (marker := item.get_closest_marker("benchmark")) is not None:
+            item.add_marker(pytest.mark.benchmark(**marker.kwargs, timer=CLOCK), append=False)
+        # A benchmark that failed has an error of its own.
         item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
@@ -146,7 +138,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where batches go and models are: the GPU if there is one."""
+    """Of batches and models: the GPU if there is one."""
     return choose_device("auto")
 
 
@@ -157,82 +149,66 @@ def data(request: pytest.FixtureRequest, device: torch.device) -> Data:
         found = Data(*bench_file(None, request.config.getoption("--data-dir")))
     except FastmnistError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-    SESSION.origin = origin(device) | {"device": str(device)}
-    SESSION.about = {"data": found.path.name, "shape": list(found.file.image_shape)}
-    SESSION.note = f"measured with {found.path}. {found.note}".strip()
+    RESULT.origin = origin(device) | {"device": str(device)}
+    RESULT.about = {"data": found.path.name, "shape": list(found.file.image_shape)}
+    RESULT.note = f"measured with {found.path}. {found.note}".strip()
     return found
 
 
 @pytest.fixture
-def measure(benchmark: Any, data: Data) -> Callable[..., None]:
-    """(target, images, settings, limit, setup, rounds, warm_up, more) -> None: measures `target`, round by round.
+def measure_turns(benchmark: Any, data: Data) -> Callable[..., list[Turn]]:
+    """(target, images, rounds, warm_up, more) -> turns: `target` measures each round itself.
 
-    images: that one round handles. limit: images -> seconds of the least that they could take, right before the round.
-    setup: called before each round, not timed. more: goes into the row.
+    It returns the round's seconds, and those of the limit or None. images: handled in a round. more: goes into the row.
+    The turns of the warm-up are left out.
     """
 
     def run(
-        target: Callable[[], Any],
-        *,
-        images: int | None = None,
-        limit: Callable[[int], Seconds] | None = None,
-        setup: Callable[[], Any] = lambda: None,
-        rounds: int = ROUNDS,
-        warm_up: int = 1,
-        **more: Any,
-    ) -> None:
-        limits: list[Seconds] = []
-
-        def before() -> None:
-            setup()
-            if limit is not None and images is not None:
-                limits.append(limit(images))
-
-        benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=warm_up)
-        _note(benchmark, limits, images=images, **more)
-
-    return run
-
-
-@pytest.fixture
-def measure_told(benchmark: Any, data: Data) -> Callable[..., list[Turn]]:
-    """(target, images, rounds, warm_up, more) -> turns: the same for what says itself how long it took, a `Turn`.
-
-    Returned are those that count.
-    """
-
-    def run(
-        target: Callable[[], Turn],
-        *,
-        images: int | None = None,
-        rounds: int = ROUNDS,
-        warm_up: int = 1,
-        **more: Any,
+        target: Callable[[], Turn], *, images: int | None = None, rounds: int = ROUNDS, warm_up: int = 1, **more: Any
     ) -> list[Turn]:
         turns: list[Turn] = []
 
         def turn() -> None:
             turns.append(target())
-            TOLD.now += turns[-1].seconds
+            CLOCK.now += turns[-1][0]
 
         benchmark.pedantic(turn, rounds=rounds, warmup_rounds=warm_up)
         counted = turns[-rounds:]
-        _note(benchmark, [turn.limit for turn in counted if turn.limit is not None], images=images, **more)
+        seconds, limits = zip(*counted, strict=True)
+        if None not in limits:
+            more["of_limit"] = ratios(limits, seconds).to_dict()
+        more["images"] = images
+        benchmark.extra_info.update({name: value for name, value in more.items() if value is not None})
         return counted
 
     return run
 
 
-@pytest.fixture(scope="session")
-def turn() -> type[Turn]:
-    return Turn
+@pytest.fixture
+def measure(measure_turns: Callable[..., list[Turn]]) -> Callable[..., None]:
+    """(target, images, limit, setup, rounds, warm_up, more) -> None: times `target`, round by round.
 
+    limit: images -> seconds of the least that they could take. setup: called first. Neither is part of the round.
+    """
 
-def _note(benchmark: Any, limits: list[Seconds], **more: Any) -> None:
-    benchmark.extra_info.update({name: value for name, value in more.items() if value is not None})
-    if limits and benchmark.stats is not None:  # there are none with --benchmark-disable
-        seconds = benchmark.stats.stats.data
-        benchmark.extra_info["of_limit"] = ratios(limits[-len(seconds) :], seconds).to_dict()
+    def run(
+        target: Callable[[], Any],
+        *,
+        images: int,
+        limit: Callable[[int], Seconds],
+        setup: Callable[[], Any] = lambda: None,
+        **more: Any,
+    ) -> None:
+        def turn() -> Turn:
+            setup()
+            least = limit(images)
+            begun = time.perf_counter()
+            target()
+            return time.perf_counter() - begun, least
+
+        measure_turns(turn, images=images, **more)
+
+    return run
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -241,43 +217,34 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     marker = item.get_closest_marker("benchmark")
     if marker is None or report.when == "teardown" or (report.passed and report.when != "call"):
         return
-    group, name = marker.kwargs["group"], _name(item)
+    group = marker.kwargs["group"]
+    name = item.callspec.id if hasattr(item, "callspec") else item.name
     if call.excinfo is not None:
         reason = " ".join(str(call.excinfo.value).split()) or call.excinfo.typename
-        SESSION.rows.append({"group": group, "name": name, "error": reason, "skipped": report.skipped})
+        RESULT.rows.append({"group": group, "name": name, "error": reason})
     elif (stats := item.funcargs["benchmark"].stats) is not None:  # type: ignore[attr-defined]
         more = dict(stats.extra_info)
         images, values, unit = more.get("images"), stats.stats.data, "seconds"
         if images is not None:
             values, unit = [images / seconds for seconds in values], "images/s"
-        more = {"kind": _kind(name)} | SESSION.about | more
-        SESSION.rows.append(row(group, name, values, unit, SESSION.origin, more.pop("settings", None), **more))
-
-
-def _name(item: Any) -> str:
-    """A benchmark is called like its parameter; one without, like its function."""
-    return item.callspec.id if hasattr(item, "callspec") else item.name.removeprefix("test_").replace("_", " ")
-
-
-def _kind(name: str) -> str:
-    return "ours" if name.startswith("fastmnist") else "baseline"
+        more = {"kind": "ours" if name.startswith("fastmnist") else "baseline"} | RESULT.about | more
+        RESULT.rows.append(row(group, name, values, unit, RESULT.origin, more.pop("settings", None), **more))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--rows")
-    if file is not None and SESSION.rows:
-        rows = [{key: value for key, value in found.items() if key != "skipped"} for found in SESSION.rows]
-        rows = [found if "error" not in found else found | SESSION.about | SESSION.origin for found in rows]
-        write_bytes(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+    if file is not None and RESULT.rows:
+        rows = [found if "error" not in found else found | RESULT.about | RESULT.origin for found in RESULT.rows]
+        lines = ",\n".join(f"  {json.dumps(found)}" for found in rows)
+        write_bytes(file, f'{{"rows": [\n{lines}\n]}}\n'.encode())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if SESSION.note:
-        terminalreporter.write_line(SESSION.note)
-    for found in SESSION.rows:
+    if RESULT.note:
+        terminalreporter.write_line(RESULT.note)
+    for found in RESULT.rows:
         if "error" in found:
-            word = "MISSING" if found["skipped"] else "FAILED"
-            terminalreporter.write_line(f"{word} {found['group']}: {found['name']}: {found['error']}")
+            terminalreporter.write_line(f"NOT MEASURED {found['group']}: {found['name']}: {found['error']}")
     file = config.getoption("--rows")
-    if file is not None and SESSION.rows:
-        terminalreporter.write_line(f"{len(SESSION.rows)} rows written to {file}")
+    if file is not None and RESULT.rows:
+        terminalreporter.write_line(f"{len(RESULT.rows)} rows written to {file}")

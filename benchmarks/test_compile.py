@@ -1,4 +1,4 @@
-"""60,000 images and labels from memory into each loader's own format on the disk, each file synced when it is done.
+"""Writing 60,000 images and labels from memory in each loader's own format, each file synced.
 
 The limit is writing their bytes into one file, synced too. pytest's --basetemp names the folder.
 """
@@ -23,9 +23,9 @@ from fastmnist.baselines.peers import PEERS, missing
 from fastmnist.beton.writer import write_beton
 
 HF = PEERS["hf-datasets"]
-TIMEOUT = 60  # seconds in which FFCV must have written a file: it waits for ever when one of its processes ends
+TIMEOUT = 60  # seconds for FFCV to write a file: it waits for ever when one of its processes ends
 
-# In a process of its own, because it forks this one, whose threads hold locks.
+# In a process of its own: FFCV forks, and this process has threads that hold locks.
 FFCV = """
 import os, signal, sys, time, warnings
 import numpy as np
@@ -71,7 +71,7 @@ def arrays(data):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A new, empty folder at each call; the one before it is deleted."""
+    """A new, empty folder at each call, which deletes the one before it."""
     numbers = count()
 
     def new() -> Path:
@@ -140,7 +140,7 @@ def test_compile(side, data, arrays, folder, plain_write, measure):
 
 @contextmanager
 def ffcv_writer(*arguments: object):
-    """path -> seconds: FFCV's writer in a process that is kept, and ended with its own."""
+    """path -> seconds: FFCV's writer, in one process that ends with the block."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", FFCV, *map(str, arguments), str(TIMEOUT)],
@@ -170,9 +170,9 @@ def ffcv_writer(*arguments: object):
 @pytest.mark.ffcv
 @pytest.mark.benchmark(group="compile")
 @pytest.mark.parametrize("side", ["FFCV, DatasetWriter"])
-def test_compile_with_ffcv(side, data, arrays, folder, plain_write, measure_told, turn, tmp_path_factory):
+def test_compile_with_ffcv(side, data, arrays, folder, plain_write, measure_turns, tmp_path_factory):
     """With as many processes as there are cores, its default."""
     saved = tmp_path_factory.mktemp("arrays")
     save(saved, *arrays)
     with ffcv_writer(saved / "images.npy", saved / "labels.npy") as write:
-        measure_told(lambda: turn(write(folder() / "train.beton"), plain_write(data.count)), images=data.count)
+        measure_turns(lambda: (write(folder() / "train.beton"), plain_write(data.count)), images=data.count)

@@ -1,7 +1,6 @@
-"""From making a loader to its first batch, in a new process each round, the imports done; seconds.
+"""Seconds from making a loader to its first batch, in a new process each round, after its imports.
 
-With numba's cached machine code, as when a program runs for the second time, and without it. FFCV compiles anew each
-time.
+With numba's cached machine code, as when a program runs for the second time, and without. FFCV compiles anew each time.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from fastmnist.measure.contenders import BY_NAME, OURS, PLAIN
 from fastmnist.measure.worker import WorkerError, WorkerProcess
 
 BATCH_SIZE, ROUNDS = 512, 6
-TOGETHER = 2  # processes that import at the same time; nothing is measured meanwhile
+TOGETHER = 2  # processes that import at the same time, while nothing is measured
 NAMES = (OURS, PLAIN, "DataLoader, tuned", "FFCV")
 
 
@@ -66,7 +65,7 @@ def ready():
         for cache in ("warm", "cold")
     ],
 )
-def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_path_factory):
+def test_first_batch(name, cache, data, device, ready, measure_turns, tmp_path_factory):
     contender = BY_NAME[name]
 
     def environment() -> dict[str, str]:
@@ -79,10 +78,10 @@ def test_first_batch(name, cache, data, device, ready, measure_told, turn, tmp_p
             answer = process.request(
                 "open", OPEN_TIMEOUT, data=str(data.path), batch_size=BATCH_SIZE, device=str(device), folder=""
             )
-        return turn(answer["first_batch"])
+        return answer["first_batch"], None
 
     try:
-        measure_told(
+        measure_turns(
             first_batch,
             rounds=ROUNDS,
             warm_up=1 if cache == "warm" else 0,  # fills the cache

@@ -53,7 +53,7 @@ def limits(opened, tmp_path_factory):
 @pytest.mark.parametrize(
     "contender", [pytest.param(contender, id=contender.name, marks=marks(contender)) for contender in CONTENDERS]
 )
-def test_images_per_second(contender, data, limits, opened, measure_told, turn, tmp_path):
+def test_images_per_second(contender, data, limits, opened, measure_turns, tmp_path):
     if contender.kind == "peer" and (lacking := missing(PEERS[contender.loader])):
         pytest.skip(lacking)
 
@@ -68,11 +68,13 @@ def test_images_per_second(contender, data, limits, opened, measure_told, turn, 
             answer = opened(contender, process, tmp_path)
             process.pause()
             limit = None if contender.kind == "limit" else limits[contender.limit]
-            measure_told(
-                lambda: turn(
-                    limit=None if limit is None else of_an_epoch(limit, LIMIT_SECONDS),
-                    seconds=of_an_epoch(process, SECONDS),
-                ),
+
+            def turn():
+                least = None if limit is None else of_an_epoch(limit, LIMIT_SECONDS)
+                return of_an_epoch(process, SECONDS), least
+
+            measure_turns(
+                turn,
                 images=data.count,
                 rounds=ROUNDS_OF_EPOCHS if contender.whole_epochs else ROUNDS,
                 warm_up=0,  # opening it took an epoch already, and a turn warms up by itself

@@ -53,7 +53,7 @@ def training_step(model_name: str, data, device: torch.device):
         for name in LOADERS
     ],
 )
-def test_step(name, model_name, data, device, measure_told, turn, benchmark):
+def test_step(name, model_name, data, device, measure_turns, benchmark):
     step = training_step(model_name, data, device)
     together = AT_A_TIME[device.type]
     settings = loader_arguments(TrainConfig(loader=name, augment=False))
@@ -82,14 +82,14 @@ def test_step(name, model_name, data, device, measure_told, turn, benchmark):
                         real += seconds(lambda: next(batches))
                     else:
                         bare += seconds(lambda: fixed)
-            return turn(real, bare)
+            return real, bare
 
-        turns = measure_told(
+        turns = measure_turns(
             steps,
             images=STEPS[model_name] * together * BATCH_SIZE,
             settings={"batch_size": BATCH_SIZE, "model": model_name, **settings},
             kind="ours" if name == "ours" else "baseline",
         )
-        stall = summarise([1 - found.limit / found.seconds for found in turns])
+        stall = summarise([1 - bare / real for real, bare in turns])
         benchmark.extra_info["data_stall"] = stall.to_dict()
         batches.close()
