@@ -39,15 +39,16 @@ class Candidate:
     """One combination of settings.
 
     place: the index of each setting's value, 0 for the simplest.
-    rounds: images/s of the first rung, then of each turn of the second. ratio: to the simplest settings' rate in the
-    first rung. memory: bytes that opening it took.
+    rounds: images/s of the first rung, then of each turn of the second.
+    ratio: to the simplest settings' rate in the first rung; 0 without one.
+    memory: bytes that opening it took.
     """
 
     name: str
     settings: Settings
     place: tuple[int, ...]
     rounds: list[list[float]] = field(default_factory=list)
-    ratio: float | None = None
+    ratio: float = 0.0
     memory: int | None = None
     status: Status = "not measured"
     reason: str = ""
@@ -220,7 +221,7 @@ class Halving:
         self.max_memory, self.ahead, self.progress = max_memory, ahead, progress
         self.begun = time.perf_counter() if begun is None else begun
         self.errors: list[Exception] = []
-        self.candidate_seconds = self.turn_seconds = 0.0  # the most that one took in the first rung
+        self.candidate_seconds = self.turn_seconds = 0.0  # the longest of the first rung
 
     def run(self) -> Search:
         """The search.
@@ -258,9 +259,8 @@ class Halving:
             if loader is not None:
                 loader.turn()  # the step's first calls are slow
                 return candidate, loader
-        raise FastmnistError(f"none of {len(self.candidates)} settings works: {self.candidates[0].reason}") from next(
-            iter(self.errors), None
-        )
+        cause = self.errors[0] if self.errors else None
+        raise FastmnistError(f"none of {len(self.candidates)} settings works: {self.candidates[0].reason}") from cause
 
     def _open(self, candidate: Candidate) -> OpenLoader | None:
         """The loader, warmed up; None, and the reason in `candidate`, if it fails or takes too much memory."""
@@ -291,7 +291,7 @@ class Halving:
         self.turn_seconds = time.perf_counter() - begun
         singles = [candidate for candidate in self.candidates if len(candidate.changes) == 1]
         self._screen(singles, reference, loader)
-        alone = {candidate.changes[0]: candidate.ratio or 0.0 for candidate in singles}
+        alone = {candidate.changes[0]: candidate.ratio for candidate in singles}
         others = [candidate for candidate in self.candidates if len(candidate.changes) > 1]
         others.sort(key=lambda candidate: -math.prod(alone.get(change, 1.0) for change in candidate.changes))
         self._screen(others, reference, loader)
@@ -302,8 +302,7 @@ class Halving:
             if candidate.status != "not measured" or candidate is reference:
                 continue
             begun = time.perf_counter()
-            compared = self.candidate_seconds > 0
-            if compared and begun + self.candidate_seconds > self.begun + FIRST_RUNG * self.budget:
+            if self.candidate_seconds and begun + self.candidate_seconds > self.begun + FIRST_RUNG * self.budget:
                 return
             loader = self._open(candidate)
             if loader is None:
@@ -324,13 +323,12 @@ class Halving:
     def _open_finalists(self, finalists: dict[Candidate, OpenLoader], stack: ExitStack) -> None:
         """The best of the first rung, beside the reference, as far as memory and time go."""
         (reference,) = finalists
-        screened = [c for c in self.candidates if c.ratio is not None and c is not reference]
-        screened.sort(key=lambda candidate: -(candidate.ratio or 0.0))
+        screened = [candidate for candidate in self.candidates if candidate.ratio and candidate is not reference]
+        screened.sort(key=lambda candidate: -candidate.ratio)
         memory = reference.memory or 0
         for candidate in screened:
             if len(finalists) == FINALISTS:
-                best = max(candidate.ratio or 0.0 for candidate in [reference, *screened])
-                share = (candidate.ratio or 0.0) / best
+                share = candidate.ratio / max(reference.ratio, screened[0].ratio)
                 candidate.status, candidate.reason = "dropped", f"{share:.2f} of the best beside the simplest"
             elif self.max_memory is not None and memory + (candidate.memory or 0) > self.max_memory:
                 candidate.reason = "no memory left to measure it beside the others"

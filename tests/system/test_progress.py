@@ -1,6 +1,7 @@
-"""What a run says on a terminal and elsewhere."""
+"""Console progress on a terminal and elsewhere."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -20,8 +21,9 @@ def test_time_left_follows_from_speed_and_steps_left() -> None:
     shown, out = reporter()
     with shown.training(steps=105, done=0, batch_size=10):
         shown.show(RECORD, epochs=2)
-    # 100 steps of 10 images at 100 images/s
-    assert out.getvalue() == "step 5/105  epoch 1/2  100 images/s  loss 0.500  accuracy 75.0%  10 s left\n"
+    facts = ("5/105", "1/2", "100 images/s", "0.500", "75.0%", "10 s")  # 100 steps of 10 images at 100 images/s
+    assert [fact for fact in facts if fact not in out.getvalue()] == []
+    assert out.getvalue().count("\n") == 1
 
 
 def test_a_terminal_gets_one_live_line() -> None:
@@ -31,7 +33,7 @@ def test_a_terminal_gets_one_live_line() -> None:
         shown.say("a line that stays")
     assert "100 images/s" in out.getvalue()
     assert "a line that stays" in out.getvalue()
-    assert "step 5/10" not in out.getvalue()
+    assert "5/10" not in out.getvalue()
 
 
 def test_plain_lines_come_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +57,7 @@ def test_compiling_is_shown_only_when_it_takes_long(monkeypatch: pytest.MonkeyPa
     assert out.getvalue() == ""
     now[0] += 2.0
     shown.compiling(tmp_path / "a", 50, 100)
-    assert out.getvalue() == "a: 50 of 100 samples, 20 a second\n"
+    assert re.findall(r"\d+", out.getvalue()) == ["50", "100", "20"]  # done, total, per second
 
 
 def test_quiet_leaves_the_result_alone() -> None:
