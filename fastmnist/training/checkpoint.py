@@ -1,4 +1,4 @@
-"""What a run leaves on disk to go on from, and what is loaded to predict with."""
+"""Checkpoints to resume from, and weights to predict with."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fastmnist.files import replacing, write_bytes
 from fastmnist.training.model import build_model
 
 CHECKPOINT_VERSION = 2  # 1 had no "amp"
-SAVE_EVERY = 20.0  # seconds from one checkpoint to the next: with those that writing takes, at most 30 s are lost
+SAVE_EVERY = 20.0  # seconds between checkpoints; with the time to write one, at most 30 s are lost
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """All that it takes to use the weights: kept in the header of model.safetensors.
+    """Everything needed to use the weights; stored in the header of model.safetensors.
 
     image_shape: (H, W, C). mean, std: per channel, of pixel values scaled to [0, 1].
     """
@@ -84,13 +84,14 @@ def load_weights(folder: Path) -> tuple[nn.Module, ModelCard]:
 
 
 class Checkpoints:
-    """Writes a run's checkpoint.pt again and again while training goes on.
+    """Writes a run's checkpoint.pt at intervals, beside training.
 
-    Training waits for a copy of its state in memory alone; a thread writes it. On a GPU the copy is made there, in the
-    order of the training's stream, and read back on a stream of its own, for which no step waits.
+    Training waits only while its state is copied in memory; a thread writes the copy. On a GPU the copy is made there,
+    in the order of the training's stream, and read back on a stream of its own, for which no step waits.
 
     Args:
-        folder: the run's. config: its settings. clock: in seconds.
+        folder, config: the run's folder and settings.
+        clock: a clock in seconds.
         check: raises FastmnistError when the folder is no longer the run's.
     """
 
@@ -109,7 +110,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def due(self) -> bool:
-        """Whether it is time for another one. Raises FastmnistError when the last one could not be written."""
+        """Whether it is time for the next one. Raises FastmnistError when the last one could not be written."""
         if self._writing is not None:
             if not self._writing.done():
                 return False
@@ -117,7 +118,7 @@ class Checkpoints:
         return self._clock() - self._last >= SAVE_EVERY
 
     def begin(self, state: dict[str, Any]) -> None:
-        """Copies the trainer's state and begins to write it. Raises FastmnistError as `due` does."""
+        """Copies the trainer's state and starts writing it. Raises FastmnistError as `due` does."""
         self.wait()
         self._last = self._clock()
         ready: torch.cuda.Event | None = None
@@ -139,7 +140,7 @@ class Checkpoints:
             self._save(state)
 
     def wait(self) -> None:
-        """Until the last one is written. Raises FastmnistError when it could not be."""
+        """Waits for the last one. Raises FastmnistError when it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -159,21 +160,21 @@ def save_checkpoint(
     """Writes checkpoint.pt, whole or not at all.
 
     Raises:
-        FastmnistError: as `files.replacing` does; and what `check` raises, which is asked before anything is written.
+        FastmnistError: as `files.replacing` does, or raised by `check` before anything is written.
     """
     path = folder / CHECKPOINT
     hint = "make room"
     if path.exists():
-        hint += f"; fastmnist train --resume {folder} then goes on from the checkpoint before, which is still there"
-    content = io.BytesIO()  # torch.save hides what the system says of a file that cannot be written
+        hint += f"; fastmnist train --resume {folder} then continues from the previous checkpoint, which is still there"
+    content = io.BytesIO()  # torch.save hides why a file cannot be written
     torch.save({"version": CHECKPOINT_VERSION, "config": dict(config), "trainer": dict(trainer)}, content)
     with replacing(path, hint) as file:
-        check()  # now that there is a file: it would be lost with its folder
+        check()  # after the file was created, which would be lost with its folder
         file.write(content.getbuffer())
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, trainer's state), with tensors on the CPU; what is in the state is for the trainer to check.
+    """(config, trainer's state), with tensors on the CPU; the trainer checks the state.
 
     Raises:
         DataError: there is no checkpoint in `folder`, or it is damaged.

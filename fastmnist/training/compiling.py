@@ -1,4 +1,4 @@
-"""How a trainer's steps run: eagerly, recorded, or compiled and recorded; chosen and set up before the clock."""
+"""Execution mode of a trainer's steps: eager, recorded, or compiled and recorded; set up before the clock starts."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from fastmnist.training.graph import aside
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import choose_compile, worth_compiling
 
-# Of torch's inductor. Small operations side by side in one kernel: 268 kernels of a step became 213 (H200, torch 2.11).
-TOGETHER = {
+# Inductor options. Combo kernels run small operations side by side: 268 kernels of a step became 213 (H200, torch
+# 2.11).
+COMBINED = {
     "combo_kernels": True,
-    # What another stream still reads (see `overlap`) is not written to.
+    # A buffer that another stream still reads (see `overlap`) must not be written to.
     "allow_buffer_reuse": False,
     "inplace_buffers": False,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "default": TOGETHER,
-    "max-autotune": TOGETHER | {"max_autotune": True, "coordinate_descent_tuning": True},
+    "default": COMBINED,
+    "max-autotune": COMBINED | {"max_autotune": True, "coordinate_descent_tuning": True},
 }
 
 
 def set_up_compile(trainer: Trainer, asked: str) -> tuple[str, str]:
-    """Warms the trainer up, chooses and sets up how its steps run: (mode, reason).
+    """Warms the trainer up and sets up the execution mode of its steps.
 
-    On a GPU every mode but "off" ends with the whole step as one CUDA graph.
+    On a GPU every mode but "off" records the whole step as one CUDA graph.
+
+    Returns:
+        (mode, reason); where what "auto" chose fails, the mode falls back and the reason says so.
 
     Raises:
         ConfigError: the batch does not fit into the GPU's memory, or the mode needs a GPU and there is none.
-        FastmnistError: the mode that was asked for does not work here. What auto chose and failed is left out.
+        FastmnistError: the mode that was asked for by name does not work here.
     """
     mode, reason = choose_compile(asked, trainer.device)
     trainer.model.train()

@@ -1,4 +1,4 @@
-"""What a model says of a whole split: probabilities, loss, accuracy, confusion matrix."""
+"""Evaluation of a model on a whole split: probabilities, loss, accuracy, confusion matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 
 EVALUATION_BATCH = 500
-EVALUATION_BATCH_ON_GPU = 2500  # a fifth of the launches, which take longer than what they launch
+EVALUATION_BATCH_ON_GPU = 2500  # a fifth of the launches, which bound an evaluation
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Evaluation:
         return matrix
 
 
-class StopRequested(Exception):  # noqa: N818  # no error
-    """The user asked to stop in the middle of something that cannot be kept half done."""
+class StopRequested(Exception):  # noqa: N818  # not an error
+    """The user stopped something that has no use half done."""
 
 
 @torch.inference_mode()
@@ -76,14 +76,16 @@ def evaluate_model(
     shifted: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Runs the model in evaluation mode over one epoch of a loader that gives uint8 images in the file's order.
+    """Evaluates the model on one epoch of a loader of uint8 images in the file's order.
 
-    Always in float32, so that a run's accuracy is what its saved weights give anywhere.
-    mean, std: per channel, of the data that the model was trained on.
-    shifted: average the logits of each image over itself and its shifts by one pixel in the four directions.
+    Always in float32, so that a run's accuracy is that of its saved weights anywhere.
+
+    Args:
+        mean, std: per channel, of the data that the model was trained on.
+        shifted: average the logits of each image over itself and its shifts by one pixel in four directions.
 
     Raises:
-        StopRequested: `stop` became true; it is asked before each batch.
+        StopRequested: `stop`, asked before each batch, returned True.
     """
     was_training = model.training
     model.eval()
@@ -107,7 +109,7 @@ def evaluate_model(
 
 
 def accuracy_interval(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """What the accuracy on all images of that kind may be, when `right` of `count` were (E. B. Wilson, 1927)."""
+    """Wilson's score interval of an accuracy of `right` out of `count` (E. B. Wilson, 1927)."""
     interval = binomtest(right, count).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 

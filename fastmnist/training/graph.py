@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: one launch instead of hundreds, so that the host no longer sets the pace."""
+"""Training step as one CUDA graph: one launch instead of hundreds, so that the host no longer sets the pace."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Update = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """On a GPU, work on a stream of its own, after what was asked for before and before what is asked for after.
+    """On a GPU, runs the block on a stream of its own, in order with the work before and after it.
 
-    What is recorded must not have run on the default stream first: autograd remembers on which one it met a weight.
+    What is recorded must not have run on the default stream first: autograd remembers on which stream it met a weight.
     """
     if device.type != "cuda":
         yield
@@ -33,11 +33,12 @@ def aside(device: torch.device) -> Iterator[None]:
 
 
 def cuda_graph(body: Body, reset: Body) -> Body:
-    """Records what `body` launches: the function that is returned launches all of it at once.
+    """Records the launches of `body`; the returned function replays all of them at once.
 
-    To be called on a stream of its own (`aside`), as torch.cuda.graph asks for.
+    Call it on a stream of its own (`aside`), as torch.cuda.graph requires.
 
-    reset: called before `body` runs to be warm, as it will be before the recording is used.
+    Args:
+        reset: called before each warm-up run of `body`.
 
     Raises:
         RuntimeError: something in it cannot be recorded (it waits for the GPU, or its shapes depend on data).
@@ -48,9 +49,9 @@ def cuda_graph(body: Body, reset: Body) -> Body:
     graph = torch.cuda.CUDAGraph()
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a tensor that is freed meanwhile would end the recording
+    gc.disable()  # freeing a tensor would end the recording
     try:
-        # Other threads may go on with the GPU meanwhile.
+        # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             body()
     finally:
@@ -60,21 +61,21 @@ def cuda_graph(body: Body, reset: Body) -> Body:
 
 
 class StepGraph:
-    """A step with everything that belongs to it: its batch, forward and backward pass, optimizer, rate and results.
+    """A recorded step: fetches its batch and learning rate, trains, and stores its results, all on the device.
 
-    Its batches come from one place in memory, which holds some of them; counters on the device say which is next, where
-    its results go, and what its learning rate is. Recording trains: the caller puts back what `update` changes.
+    A fixed buffer holds several batches; counters on the device say which is next, where its results go, and what its
+    learning rate is. Recording trains: the caller restores what `update` changed.
 
     Attributes:
-        seconds: that one replay took, of `TIMED`.
+        seconds: time of one replay, the mean of `TIMED`.
 
     Args:
         update: images (B, C, H, W), labels (B,) to (mean loss, number of right answers); trains the model.
-        images, labels: an example of all batches that are prepared together: (n, C, H, W), (n,).
+        images, labels: (n, C, H, W), (n,), an example of the batches that are prepared together.
         batch_size: B.
-        rate: () float32, which the optimizer reads; rates: (steps,) float32, of each step.
+        rate: () float32, read by the optimizer; rates: (steps,) float32, the rate of each step.
         losses, right: (steps of an epoch,) float32, for results.
-        record: makes a function of it that does the same, faster.
+        record: turns a function into a faster one that does the same.
 
     Raises:
         RuntimeError: the step cannot be recorded.
@@ -98,14 +99,14 @@ class StepGraph:
         self._last = images.stride(1) == 1
         self._rows = self._images.permute(0, 2, 3, 1) if self._last else self._images
         self._numbers = torch.arange(batch_size, device=images.device)
-        # Of the batch among those in memory, of its results, and of the step.
+        # Counters: batch within the buffer, place of its results, step.
         self._at = torch.zeros(3, dtype=torch.int64, device=images.device)
         self.load(images, labels, 0, 0)
         self.replay = record(self._step, self._reset)
         self.seconds = self._time()
 
     def load(self, images: torch.Tensor, labels: torch.Tensor, at: int, step: int) -> None:
-        """The batches that come next, no more than in the example: results from place `at`, rates from `step` on."""
+        """Copies the next batches, at most as many as in the example; results go to places from `at` on."""
         self._images[: len(images)].copy_(images)
         self._labels[: len(labels)].copy_(labels)
         for place, value in zip(self._at, (0, at, step), strict=True):

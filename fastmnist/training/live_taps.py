@@ -1,9 +1,9 @@
-"""Convolutions over maps so small that each output sees the whole map, as matrix products of their live taps.
+"""Live taps: convolutions over maps of a few pixels as one matrix product, without the taps that only meet padding.
 
 On images of 28x28 with the imagenet stem the last stage of a ResNet-18 sees maps of one pixel, where eight of the nine
 taps of a 3x3 kernel only ever meet padding, and the stage before it maps of 2x2, where each output meets four of nine.
-A tap that meets nothing but padding changes no output, so its gradient is zero: it needs neither arithmetic nor an
-optimizer's state. The function stays the same, and so do the weights that are saved.
+A tap that meets nothing but padding changes no output and has a gradient of zero: it needs neither arithmetic nor
+optimizer state. The function stays the same, and so do the names and shapes of the saved weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 
 def met_taps(size: int, kernel: int, stride: int, padding: int) -> list[list[int | None]]:
-    """Along one axis: for each output, for each input pixel, the kernel's tap that is laid on it, None if none is.
+    """Kernel tap by which each output sees each input pixel, along one axis: (outputs, pixels), None for no tap.
 
     >>> met_taps(size=1, kernel=3, stride=1, padding=1)
     [[1]]
@@ -31,10 +31,10 @@ def met_taps(size: int, kernel: int, stride: int, padding: int) -> list[list[int
 
 
 class LiveConv2d(nn.Module):
-    """The convolution `whole` for inputs of (B, C, H, W) = (B, C, *size), every output of which sees every pixel.
+    """The convolution `whole` on maps of (H, W) = size, where every output sees every pixel.
 
-    Its state dict is that of `whole`, weights of (O, C, kernel, kernel) with zeros as dead taps. Of weights that are
-    loaded the live taps are kept. `weight` itself holds them alone: (live taps, O, C).
+    `weight` holds the live taps alone: (live taps, O, C). The state dict has the weights of `whole`, (O, C, kernel,
+    kernel), with zeros for dead taps; loading such weights keeps the live ones.
 
     Raises:
         ValueError: some output does not see all of the map, or `whole` has groups, a dilation or a bias.
@@ -46,7 +46,7 @@ class LiveConv2d(nn.Module):
             raise ValueError(f"{whole} on maps of {size[0]}x{size[1]}: no matrix product of its live taps")
         rows, columns = (met_taps(size[axis], *_along(whole, axis)) for axis in range(2))
         width = whole.kernel_size[1]
-        # (outputs, pixels): the number of the tap, row by row, by which each output sees each pixel.
+        # (outputs, pixels): number of the tap, row by row, by which each output sees each pixel.
         table = [
             [cast(int, a) * width + cast(int, b) for a in row for b in column] for row in rows for column in columns
         ]
@@ -98,35 +98,39 @@ def _along(convolution: nn.Conv2d, axis: int) -> tuple[int, int, int]:
     return convolution.kernel_size[axis], convolution.stride[axis], cast(int, convolution.padding[axis])
 
 
-def can_be_live(convolution: nn.Conv2d, size: tuple[int, int]) -> bool:
-    """Whether each output of the convolution sees every pixel of a map of (H, W) = size, and it is a plain one."""
-    plain = (
+def is_plain(convolution: nn.Conv2d) -> bool:
+    """Whether it has zero padding, and neither bias, groups nor dilation."""
+    return (
         convolution.groups == 1
         and convolution.dilation == (1, 1)
         and convolution.bias is None
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
     )
-    return plain and all(
+
+
+def can_be_live(convolution: nn.Conv2d, size: tuple[int, int]) -> bool:
+    """Whether the convolution is plain, and each output sees every pixel of a map of (H, W) = size."""
+    return is_plain(convolution) and all(
         None not in row for axis in range(2) for row in met_taps(size[axis], *_along(convolution, axis))
     )
 
 
 def use_live_taps(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Replaces every convolution of `model` whose outputs see all of its input, for images of (H, W, C), in place.
+    """Replaces, in place, every convolution whose outputs see all of its input, for images of (H, W, C).
 
-    The model computes what it did, and its state dict keeps its names, shapes and live weights; dead taps become zero.
+    The model computes the same function, and its state dict keeps names and shapes; dead taps become zero.
 
     Returns:
-        How many were replaced; 0 where maps stay large.
+        The number of replaced convolutions; 0 where maps stay large.
     """
     sizes: dict[str, tuple[int, int]] = {}
 
-    def look(name: str) -> Any:
+    def note_size(name: str) -> Any:
         return lambda module, inputs: sizes.__setitem__(name, tuple(inputs[0].shape[2:]))
 
     handles = [
-        module.register_forward_pre_hook(look(name))
+        module.register_forward_pre_hook(note_size(name))
         for name, module in model.named_modules()
         if type(module) is nn.Conv2d and module.kernel_size != (1, 1)
     ]

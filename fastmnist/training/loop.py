@@ -1,4 +1,4 @@
-"""The training loop: one step, one epoch, and the state from which both go on."""
+"""Training loop: steps, epochs, their records, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from fastmnist.loader.device import on_device
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
-from fastmnist.training.looks import Look, Looks
 from fastmnist.training.optimizer import DEFAULT_RATES, MixedPrecisionOptimizer, one_cycle
 from fastmnist.training.precision import Precision
+from fastmnist.training.readback import Readback, Readbacks
 from fastmnist.training.state import check_state, random_state, restoring, set_random_state
 
 Record = dict[str, Any]
-LOG_EVERY, LEAST_LINES = 50, 30  # steps between two looks at the loss; looks in a run, unless it is shorter
+LOG_EVERY, LEAST_LINES = 50, 30  # steps between two log lines at most; lines of a run at least
 WAKING_SECONDS = 0.2
-CHUNK_VALUES = 1 << 24  # pixels that a GPU prepares together: 134 MB at most for where each comes from
+CHUNK_VALUES = 1 << 24  # pixels that a GPU prepares together: their sampling grid takes at most 134 MB
 STREAMED_TOGETHER = 16  # batches
 
 
-# Shapes never change: cuDNN times its algorithms once. All that trains, warms up or records is to find the same ones.
+# Shapes never change, so cuDNN times its algorithms once; training, warm-up and recording must find the same ones.
 fastest_convolutions = torch.backends.cudnn.flags(enabled=True, benchmark=True)
 
 
 def wake(device: torch.device) -> None:
-    """Raises a GPU's clock, a fraction at rest of what it is at work: times taken then mislead cuDNN's choice."""
+    """Keeps a GPU busy until its clock is up: at the low clock of an idle one, cuDNN chooses the wrong algorithms."""
     if device.type != "cuda":
         return
     matrix = torch.ones(4096, 4096, device=device, dtype=torch.float16)
@@ -51,12 +51,11 @@ class Trainer:
     """Trains `model` on the batches of `loader` (drop_last, on the model's device).
 
     Attributes:
-        step, steps: optimizer steps done, and in all; the last epoch may be a part of one.
-        seconds: the training clock: from a batch's request to the end of its step, without validation.
-        chunk: batches that are prepared together.
-        compute: (images, labels) that are prepared to (mean loss, number of right answers); may be replaced by its
-            compiled form.
-        graph: the whole step, once it is recorded.
+        step, steps: optimizer steps done, and in all; the last epoch may be a fraction of one.
+        seconds: the training clock, which stops during validation.
+        chunk: number of batches that are prepared together.
+        compute: prepared (images, labels) to (mean loss, number of right answers): `forward`, or its compiled form.
+        graph: the whole step as one CUDA graph, once it is recorded.
     """
 
     def __init__(self, model: nn.Module, loader: EpochLoader, config: TrainConfig, precision: Precision) -> None:
@@ -74,7 +73,7 @@ class Trainer:
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
         self.rates = one_cycle(self.steps, peak, config.warmup)
         classes, smoothing = len(loader.file.class_names), config.label_smoothing
-        # What each label asks for, (C, C): a third of the operations of cross_entropy's own label_smoothing.
+        # Smoothed target of each label, (C, C): a third of the operations of cross_entropy's own label_smoothing.
         self._targets = torch.eye(classes, device=self.device) * (1 - smoothing) + smoothing / classes
         self.compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.forward
         self.graph: StepGraph | None = None
@@ -99,7 +98,7 @@ class Trainer:
         return images.to(self.precision.amp or torch.float32).clone(memory_format=self.layout)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classifies images (B, C, H, W) that are prepared, and holds that against labels (B,) int64."""
+        """Prepared images (B, C, H, W) and labels (B,) int64 to (mean loss (), number of right answers ())."""
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
             low = self.optimizer.low
@@ -108,9 +107,9 @@ class Trainer:
         return loss, (logits.argmax(1) == labels).sum()
 
     def update(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step at `rate` on a prepared batch: its mean loss and right answers, on the device.
+        """One optimizer step on a prepared batch: its mean loss and number of right answers, on the device.
 
-        Nothing in it waits for the device, and all that it changes stays where it is in memory.
+        Nothing in it waits for the device, and every tensor that it changes keeps its place in memory.
         """
         loss, right = self.compute(images, labels)
         self.optimizer.backward(loss)
@@ -132,7 +131,7 @@ class Trainer:
         return self._moves[1]
 
     def load(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None, at: int) -> None:
-        """Prepares the batches of the steps to come, the first of which is number `at` of its epoch.
+        """Prepares the batches of the next steps, the first of which is number `at` of its epoch.
 
         images (n, C, H, W) as a loader gives them, labels (n,), transforms (n, 2, 3) or None; at most `chunk` batches.
         """
@@ -142,7 +141,7 @@ class Trainer:
             self.graph.load(prepared, labels, at, self.step)
 
     def train_step(self, at: int) -> None:
-        """The optimizer step of the loaded batch `at`; loss and right answers stay on the device, at that place."""
+        """Trains on the loaded batch number `at`; its loss and right answers stay on the device, at that place."""
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -155,10 +154,10 @@ class Trainer:
 
     @fastest_convolutions
     def warm_up(self) -> None:
-        """A forward and backward pass that leaves no trace in the model: compiles, and finds what does not fit.
+        """A forward and backward pass that leaves no trace: compiles, and finds whether the batch fits.
 
         Raises:
-            ConfigError: the batch does not fit into the GPU's memory; names one that does.
+            ConfigError: the batch does not fit into the GPU's memory; the message names a size that does.
         """
         wake(self.device)
         images, labels, transforms = self._example()
@@ -223,7 +222,7 @@ class Trainer:
             )
 
     def begin_again(self, model: nn.Module, loader: EpochLoader) -> None:
-        """From step 0 with the weights of `model` and the order of `loader`, and what was compiled or recorded."""
+        """Starts over with the weights of `model` and the order of `loader`; what was compiled or recorded stays."""
         self.model.load_state_dict(model.state_dict())
         self.optimizer.reset()
         self.loader, self._moves = loader, None
@@ -259,10 +258,16 @@ class Trainer:
         after_step: Callable[[], None] = lambda: None,
         tick_seconds: float = 0.5,
     ) -> Record | None:
-        """The rest of the current epoch: the whole epoch's record, or None when `stop` became true before its end.
+        """Trains for the rest of the current epoch.
 
-        on_log is given a record every `log_every` steps, on_tick one every `tick_seconds`; on a GPU some time after the
-        step, for neither waits for it. after_step is called after each step.
+        Args:
+            stop: asked after each step; True ends the epoch early.
+            on_log, on_tick: get a record every `log_every` steps and every `tick_seconds`; on a GPU some steps late,
+                for neither waits for it.
+            after_step: called after each step.
+
+        Returns:
+            The whole epoch's record; None when `stop` ended it.
 
         Raises:
             FastmnistError: the loss is no longer finite.
@@ -273,12 +278,12 @@ class Trainer:
         self.model.train()
         self.synchronize()
         begun, before = time.perf_counter(), self.seconds
-        looks = Looks(self._losses, self._right)
+        readbacks = Readbacks(self._losses, self._right)
 
-        def tell(then: Callable[[Record], None]) -> Callable[[Look], None]:
-            def told(look: Look) -> None:
+        def tell(then: Callable[[Record], None]) -> Callable[[Readback], None]:
+            def told(read: Readback) -> None:
                 self.seconds = before + time.perf_counter() - begun
-                then(self._record(epoch, look))
+                then(self._record(epoch, read))
 
             return told
 
@@ -286,29 +291,29 @@ class Trainer:
         for done in self._train(epoch, first):
             self.seconds = before + time.perf_counter() - begun
             if done % self.log_every == 0 or done == batches:
-                looks.take(logged, done, self.step, tell(on_log))
+                readbacks.request(logged, done, self.step, tell(on_log))
                 logged, ticked = done, self.seconds
-            elif self.seconds - ticked > tick_seconds and not looks.pending:
-                looks.take(logged, done, self.step, tell(on_tick))
+            elif self.seconds - ticked > tick_seconds and not readbacks.pending:
+                readbacks.request(logged, done, self.step, tell(on_tick))
                 ticked = self.seconds
             else:
-                looks.poll()
+                readbacks.poll()
             after_step()
             if done < batches and stop():
-                looks.take(logged, done, self.step, tell(lambda record: None))
-                looks.finish()
+                readbacks.request(logged, done, self.step, tell(lambda record: None))
+                readbacks.finish()
                 self.synchronize()
                 self.seconds = before + time.perf_counter() - begun
                 return None
         if self.step < self.steps:
             self._transforms(epoch + 1)  # while the GPU works
-        looks.finish()
+        readbacks.finish()
         self.synchronize()
         self.seconds = before + time.perf_counter() - begun
         return self.epoch_record(epoch)
 
     def _train(self, epoch: int, first: int) -> Iterator[int]:
-        """Trains on the batches of an epoch from number `first` on; after each, how many of the epoch's are done."""
+        """Trains on the batches of an epoch from number `first` on; yields after each how many are done."""
         batches, size, transforms = self.batches_of(epoch), self.loader.batch_size, self._transforms(epoch)
         for images, labels, rows in self.loader.chunks(self.chunk):
             moves = None if transforms is None else transforms.index_select(0, rows)
@@ -322,22 +327,22 @@ class Trainer:
             first = end
 
     def _loader_state(self) -> dict[str, Any]:
-        """Of the loader as if it had handed out the batches that were trained on, and no more."""
+        """The loader's state at the last batch trained on, however far it has read ahead."""
         epoch, batch = divmod(self.step, len(self.loader))
         return self.loader.state_dict() | {"epoch": epoch, "batch": batch}
 
     def batches_of(self, epoch: int) -> int:
-        """Steps of that epoch: fewer in the last one, when a part of it makes the epochs that were asked for."""
+        """Steps of that epoch; the last epoch may be a fraction of one."""
         return min(len(self.loader), self.steps - epoch * len(self.loader))
 
     @property
     def finished_epoch(self) -> int | None:
-        """The epoch that the last step ended; None in the middle of one, and before the first step."""
+        """The epoch that ended with the last step; None within an epoch and before the first step."""
         ended = self.step and (self.step == self.steps or self.step % len(self.loader) == 0)
         return (self.step - 1) // len(self.loader) if ended else None
 
     def epoch_record(self, epoch: int) -> Record:
-        """The record of `epoch`, the last one that was finished."""
+        """The record of `epoch`, the last finished one."""
         losses, right = (values[: self.batches_of(epoch)].mean().item() for values in (self._losses, self._right))
         return {
             "kind": "epoch",
@@ -355,29 +360,29 @@ class Trainer:
         """Images trained on over the training clock."""
         return self.step * self.loader.batch_size / self.seconds if self.seconds else 0.0
 
-    def _record(self, epoch: int, look: Look) -> Record:
-        wrong = (~torch.isfinite(look.losses)).nonzero()
+    def _record(self, epoch: int, read: Readback) -> Record:
+        wrong = (~torch.isfinite(read.losses)).nonzero()
         if len(wrong):
             at = int(wrong[0])
-            step = look.step - len(look.losses) + at
+            step = read.step - len(read.losses) + at
             raise FastmnistError(
-                f"the loss is {float(look.losses[at])} at step {step + 1} of {len(self.rates)} "
+                f"the loss is {float(read.losses[at])} at step {step + 1} of {len(self.rates)} "
                 f"(learning rate {self.rates[step]:.3g}); try a smaller --learning-rate, a longer --warmup or --amp off"
             )
         size = self.loader.batch_size
         return {
             "kind": "step",
-            "step": look.step,
+            "step": read.step,
             "epoch": epoch,
-            "loss": float(look.losses.mean()),
-            "accuracy": float(look.right.mean()) / size,
-            "learning_rate": self.rates[look.step - 1],
-            "images_per_second": look.step * size / self.seconds if self.seconds else 0.0,
+            "loss": float(read.losses.mean()),
+            "accuracy": float(read.right.mean()) / size,
+            "learning_rate": self.rates[read.step - 1],
+            "images_per_second": read.step * size / self.seconds if self.seconds else 0.0,
             "seconds": self.seconds,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, and the sums of the epoch so far; tensors and plain values."""
+        """All that the next step depends on, and the losses of the epoch so far; tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             **self.optimizer.state_dict(),
@@ -391,10 +396,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`, also from one without "amp", as it was before.
+        """Resumes from a `state_dict`, also from an older one without "amp".
 
         Raises:
-            DataError: the state is damaged, or of another model, precision, file or setting; the trainer is as before.
+            DataError: the state is damaged, or of another model, precision, file or setting; the trainer is unchanged.
         """
         state = {"amp": self.precision.name} | state
         check_state(state, self.state_dict())
@@ -414,9 +419,9 @@ class Trainer:
 
 
 def _batches_together(loader: EpochLoader) -> int:
-    """How many batches are prepared in one go: some on a GPU, where every launch counts; on a CPU the next one.
+    """Batches to prepare together: several on a GPU, where every launch counts; one on a CPU.
 
-    Fewer of those that are streamed: the first step waits for all of them.
+    Fewer when they are streamed, because the first step waits for all of them.
     """
     if loader.device.type != "cuda":
         return 1

@@ -1,4 +1,4 @@
-"""The models: a ResNet-18 from torchvision's blocks, a small CNN, and torchvision's other classifiers by name."""
+"""Models: a ResNet-18 of torchvision's blocks, a small CNN, and torchvision's classifiers by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastmnist.config import Stem
 from fastmnist.errors import ConfigError
 
 MODELS = ("resnet18", "small-cnn", "torchvision:<name>")
-SMALLEST = 16  # pixels: below, ResNet-18's last stages see less than one pixel of image
+SMALLEST = 16  # pixels; below, ResNet-18's last stages see less than one pixel of image
 
 
 def build_model(
@@ -25,11 +25,19 @@ def build_model(
     in_channels: int = 1,
     image_size: tuple[int, int] = (28, 28),
 ) -> nn.Module:
-    """A classifier of (B, in_channels, H, W) float images into (B, num_classes) logits, with fresh weights.
+    """A classifier with fresh weights: float images (B, in_channels, H, W) to logits (B, num_classes).
+
+    >>> model = build_model("resnet18", stem="imagenet")
+    >>> model(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    >>> count_parameters(model)
+    11175370
+    >>> build_model("small-cnn", num_classes=26, in_channels=3, image_size=(32, 32))(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 26])
 
     Args:
         name: one of MODELS.
-        stem: of resnet18, see `resnet18`.
+        stem: first layers of resnet18, see `resnet18`.
         image_size: (H, W), each at least 16.
 
     Raises:
@@ -52,8 +60,9 @@ def build_model(
 def resnet18(stem: Stem = "imagenet", num_classes: int = 10, in_channels: int = 1) -> ResNet:
     """ResNet-18 (K. He et al., "Deep residual learning for image recognition", CVPR 2016) for small images.
 
-    stem: "imagenet", 7x7 stride 2 and max-pool: 11,175,370 parameters for one channel and ten classes, weights
-    interchangeable with torchvision's; "stride2", 3x3 stride 2; "cifar", 3x3 stride 1; both without max-pool.
+    Args:
+        stem: "imagenet", 7x7 stride 2 and max-pool, with torchvision's state dict; "stride2", 3x3 stride 2, or
+            "cifar", 3x3 stride 1, both without max-pool.
     """
     model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
     kernel, stride = {"imagenet": (7, 2), "stride2": (3, 2), "cifar": (3, 1)}[stem]
@@ -65,7 +74,7 @@ def resnet18(stem: Stem = "imagenet", num_classes: int = 10, in_channels: int = 
 
 
 def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
-    """Three 3x3 convolutions with batch normalisation, global pooling, one linear layer: a quick start to explore."""
+    """Three 3x3 convolutions with batch normalisation, global pooling and a linear layer: a quick start."""
     layers: list[nn.Module] = []
     width_before = in_channels
     for width in (32, 64, 128):
@@ -95,7 +104,7 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, image_size:
         raise ConfigError(f"--model torchvision:{name} cannot take images of {size}: {reason}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
         raise ConfigError(f"--model torchvision:{name} does not give one row of logits per image; name another")
-    model.apply(_forget_statistics)
+    model.apply(_reset_statistics)
     return model
 
 
@@ -117,16 +126,16 @@ def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
             return
 
 
-def _forget_statistics(module: nn.Module) -> None:
-    """The trial with an empty image must not stay in the running statistics."""
+def _reset_statistics(module: nn.Module) -> None:
+    """Removes the trial with an empty image from the running statistics."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.reset_running_stats()
 
 
 def stop_counting(model: nn.Module) -> None:
-    """Batch normalisation no longer counts its batches, a kernel a layer that nothing reads; saved as 0, as if new.
+    """Stops batch normalisation from counting its batches, a kernel per layer; the count is saved as 0.
 
-    A count is read where `momentum` is None: there it stays.
+    Where `momentum` is None the count is used, and stays.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
@@ -144,6 +153,6 @@ def _leave_out_count(module: nn.Module, state: dict[str, Any], prefix: str, *res
 
 
 def count_parameters(model: nn.Module) -> int:
-    """As they are saved: weights that are left out while it trains (live_taps) count too."""
+    """Number of saved parameters: dead taps, which are not trained, count too."""
     saved = model.state_dict()
     return sum(saved[name].numel() for name, _ in model.named_parameters())

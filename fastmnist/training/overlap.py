@@ -1,7 +1,7 @@
-"""The gradients of convolutions' weights on a second CUDA stream: nothing else in a backward pass waits for them.
+"""Weight gradients of convolutions on a second CUDA stream, beside the rest of the backward pass.
 
-Small batches fill a part of a GPU. So a weight's gradient is computed while the pass goes on with the gradient of the
-layer's input; `join` brings both together before the optimizer.
+Small batches fill only a part of a GPU. A weight's gradient is computed while the pass continues with the gradient of
+the layer's input; `join` waits for all of them before the optimizer.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmnist.training.live_taps import is_plain
+
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-_in_use: list[tuple[torch.Tensor, torch.Tensor]] = []  # what the other stream reads: not to be written to meanwhile
+_in_use: list[tuple[torch.Tensor, torch.Tensor]] = []  # read by the other stream: kept until `join`
 
 
 class OverlappedConv2d(nn.Conv2d):
-    """A convolution whose weight has its gradient only after `join`; without bias, groups or dilation."""
+    """A convolution whose weight gradient is complete only after `join`; no bias, groups or dilation."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = _Convolution.apply(images, self.weight, self.stride, self.padding)
@@ -24,25 +26,20 @@ class OverlappedConv2d(nn.Conv2d):
 
 
 def overlap(model: nn.Module) -> int:
-    """Makes every convolution of `model` that can be an OverlappedConv2d one, in place: how many there are."""
+    """Turns every plain convolution of `model` into an OverlappedConv2d, in place; returns how many."""
     count = 0
     for module in model.modules():
-        if type(module) is nn.Conv2d and _is_plain(module):
+        if type(module) is nn.Conv2d and is_plain(module):
             module.__class__ = OverlappedConv2d
             count += 1
     return count
 
 
 def join() -> None:
-    """From here on the current stream has the gradients of all weights. To be called after each backward pass."""
+    """Makes the current stream wait for all weight gradients; to be called after each backward pass."""
     for device in {grad.device for grad, _ in _in_use}:
         torch.cuda.current_stream(device).wait_stream(_streams[device])
     _in_use.clear()
-
-
-def _is_plain(module: nn.Conv2d) -> bool:
-    rest = module.bias is None and module.groups == 1 and module.dilation == (1, 1)
-    return rest and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 class _Convolution(torch.autograd.Function):
@@ -68,7 +65,7 @@ class _Convolution(torch.autograd.Function):
 def weight_gradient(
     grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
-    """Of a convolution: an operator of its own, so that torch.compile leaves the stream to it."""
+    """The weight gradient of a convolution, as a custom operator: torch.compile does not look into it."""
     if not grad.is_cuda:
         return _of_weight(grad, images, weight, stride, padding)
     stream = _streams.get(grad.device)
@@ -91,7 +88,7 @@ def _(
 def _of_weight(
     grad: torch.Tensor, images: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]
 ) -> torch.Tensor:
-    """Laid out as the weight: autograd would copy any other, before it is there."""
+    """In the layout of the weight: autograd would copy any other, on the wrong stream and too early."""
     _, found = _gradients(grad, images, weight, stride, padding, [False, True, False])
     return found if found.stride() == weight.stride() else torch.empty_like(weight).copy_(found)
 

@@ -1,4 +1,4 @@
-"""Device, mixed precision and compilation: what is used, and why, in words that are shown to the user."""
+"""Choice of mixed precision and of the compile mode, each with a reason to show the user."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from fastmnist.errors import ConfigError
 from fastmnist.system.machine import processor_flags
 
-# Seconds that a cold torch.compile of a ResNet-18 takes, forward and backward, and the share of a recorded step that it
-# saves (H200, torch 2.11, batch 256: 24 s, in a later process some 10 s; 1.42 ms became 0.89).
+# Seconds of a cold torch.compile of a ResNet-18, forward and backward, and the share of a recorded step that it saves
+# (H200, torch 2.11, batch 256: 24 s, in a later process about 10 s; 1.42 ms became 0.89).
 COMPILE_SECONDS = 25.0
 COMPILE_GAIN = 0.4
 
@@ -21,7 +21,7 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 @dataclass(frozen=True)
 class Precision:
-    """amp: the autocast dtype, None for float32 throughout; scaled: whether gradients need a scaler."""
+    """amp: the autocast dtype, None for float32 throughout. scaled: whether gradients need a loss scaler."""
 
     amp: torch.dtype | None
     reason: str
@@ -55,14 +55,14 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
 
 
 def keep_precision(begun: str, device: torch.device) -> Precision:
-    """That of a run which goes on, by name. Raises ConfigError when `device` cannot do it."""
+    """The precision of a resumed run, by name. Raises ConfigError when `device` does not have it."""
     if begun == "fp16" and device.type == "cpu":
         raise ConfigError("the run was begun with --amp fp16, which needs a GPU; resume it on one, or begin a new run")
     return replace(choose_precision(begun, device), reason="as the run was begun")
 
 
 def choose_compile(asked: str, device: torch.device) -> tuple[str, str]:
-    """(mode, reason); on a GPU "auto" records its step, which costs a fraction of a second, and then looks further.
+    """(mode, reason); on a GPU "auto" starts by recording the step, which takes a fraction of a second.
 
     Raises:
         ConfigError: the mode needs a GPU and there is none.
@@ -77,10 +77,10 @@ def choose_compile(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def worth_compiling(seconds: float) -> tuple[bool, str]:
-    """Whether a run whose recorded steps take `seconds` is to be compiled first, and why."""
+    """Whether compiling pays for a run whose recorded steps take `seconds` in all, and why."""
     saved = seconds * COMPILE_GAIN
     weighed = (
-        f"the run takes about {seconds:.1f} s so; compiling costs about {COMPILE_SECONDS:.0f} s, and may save "
+        f"the run takes about {seconds:.1f} s; compiling costs about {COMPILE_SECONDS:.0f} s, and may save "
         f"{saved:.1f} s"
     )
     return saved > COMPILE_SECONDS, weighed

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl and summary.json; the weights are in training.checkpoint."""
+"""Run folder: config.yaml, metrics.jsonl, summary.json, and the lock of the process that writes them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.files import open_alone, remove_orphans, write_bytes
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-LOCK = ".lock"  # there while a process writes the folder
-LONGEST_CONFIG = 1 << 16  # bytes; ours have 2,000, and YAML takes a second for a tenth of a megabyte
+LOCK = ".lock"  # exists while a process writes the folder
+LONGEST_CONFIG = 1 << 16  # bytes; ours have 2,000, and PyYAML takes a second for 100 kB
 RUNS = Path("runs")
 
 
 class RunFolder:
-    """Writes and reads what a run keeps as text; between `claim` and `release` no other process writes there."""
+    """A run's text files; between `claim` and `release` no other process writes to the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,17 +36,17 @@ class RunFolder:
     def create(cls, out: str | None, dataset: str) -> RunFolder:
         """A new folder, claimed: `out`, which must be new or empty, or the next runs/<date>-<dataset>-<n>.
 
-        A folder in which a killed process left nothing but temporary files counts as empty.
+        A folder counts as empty when a killed process left only temporary files in it.
 
         Raises:
-            ConfigError: `out` holds something. FastmnistError: the folder cannot be made.
+            ConfigError: `out` is not empty. FastmnistError: the folder cannot be created.
         """
         try:
             if out is not None:
                 path = Path(out).expanduser()
                 folder = cls._claimed_if_empty(path)
                 if folder is None:
-                    raise ConfigError(f"--out {path}: there is something in it; name a new folder, or --resume it")
+                    raise ConfigError(f"--out {path}: not empty; name a new folder, or --resume it")
                 return folder
             number = 0
             while True:
@@ -58,7 +58,7 @@ class RunFolder:
                         return folder
         except OSError as error:
             raise FastmnistError(
-                f"{path}: cannot be made: {error.strerror or error}; name a folder that can be written with --out"
+                f"{path}: cannot be created: {error.strerror or error}; name a writable folder with --out"
             ) from error
 
     @classmethod
@@ -66,7 +66,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         there = list(path.iterdir())
         if there and not any(entry.name == LOCK or entry.suffix == ".tmp" for entry in there):
-            return None  # of a run that ended
+            return None  # a run that ended
         folder = cls(path)
         try:
             folder.claim()
@@ -78,12 +78,10 @@ class RunFolder:
         return None
 
     def claim(self) -> None:
-        """Keeps other processes from writing here until `release`, or the end of this process.
-
-        Temporary files of killed processes are removed.
+        """Locks the folder until `release` or the end of this process, and removes temporary files of killed ones.
 
         Raises:
-            FastmnistError: another process is writing here. OSError: nobody can write here.
+            FastmnistError: another process is writing here. OSError: the folder cannot be written.
         """
         self._lock = open_alone(
             self.path / LOCK, f"{self.path}: another process is writing this run; wait for it to end, or stop it first"
@@ -92,28 +90,28 @@ class RunFolder:
         remove_orphans(self.path)
 
     def release(self) -> None:
-        """Lets other processes write here; may be called again."""
+        """Unlocks the folder; may be called again."""
         if self._lock is not None:
-            if self._is_there():
+            if self._exists():
                 (self.path / LOCK).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
     def discard(self) -> None:
-        """Removes the folder and what is in it; not one that has come to its place since."""
-        if self._is_there():
+        """Removes the claimed folder with its content, but not another one that has taken its place."""
+        if self._exists():
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def check(self) -> None:
-        """Raises FastmnistError when the claimed folder is no longer there: nothing is to be written in its place."""
-        if not self._is_there():
+        """Raises FastmnistError when the claimed folder is gone: nothing must be written in its place."""
+        if not self._exists():
             raise FastmnistError(
-                f"{self.path}: this folder was deleted, moved or replaced while it was being written; nothing more is "
-                "written there: begin a new run, or resume the folder where it is now"
+                f"{self.path}: this folder was deleted, moved or replaced during the run, which wrote nothing more to "
+                "it; begin a new run, or resume the folder where it is now"
             )
 
-    def _is_there(self) -> bool:
+    def _exists(self) -> bool:
         try:
             return os.path.samestat(self._identity, os.stat(self.path))
         except OSError:
@@ -123,11 +121,10 @@ class RunFolder:
         self._write(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     def read_config(self) -> dict[str, Any]:
-        """The settings in config.yaml, which may be fewer than there are.
+        """The settings in config.yaml, possibly not all.
 
         Raises:
-            DataError: the file is missing or damaged. ConfigError: it has a setting that there is not, or of a wrong
-            type.
+            DataError: the file is missing or damaged. ConfigError: a setting is unknown or has the wrong type.
         """
         path = self.path / CONFIG
         with _reading(path, advice := "restore it, or begin the run anew"):
@@ -142,7 +139,7 @@ class RunFolder:
         self._write(SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """What summary.json says; empty where the run has not come that far. Raises DataError when it is damaged."""
+        """The content of summary.json; empty when there is none yet. Raises DataError when it is damaged."""
         path, advice = self.path / SUMMARY, "delete it, and --resume writes it again"
         if not path.exists():
             return {}
@@ -153,7 +150,7 @@ class RunFolder:
         return content
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """One more line of metrics.jsonl."""
+        """Adds a line to metrics.jsonl."""
         self.check()
         path = self.path / METRICS
         try:
@@ -163,7 +160,7 @@ class RunFolder:
             raise FastmnistError(f"{path}: cannot be written: {error.strerror or error}; make room") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last one that a crash cut short is left out.
+        """All lines of metrics.jsonl but a last one that a crash cut short.
 
         Raises:
             DataError: another line is damaged.
@@ -182,7 +179,7 @@ class RunFolder:
         return found
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
-        """Drops the lines of steps after `step`, which will be done again, and returns those that stay."""
+        """Drops the lines after `step`, which will be trained again, and returns the others."""
         kept = [record for record in self.records() if record["step"] <= step]
         self._write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
@@ -193,7 +190,7 @@ class RunFolder:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """A line of metrics.jsonl; raises ValueError when it is none."""
+    """Parses a line of metrics.jsonl; raises ValueError when it is damaged."""
     record = json.loads(line)
     if not isinstance(record, dict) or record.get("kind") not in ("step", "epoch"):
         raise ValueError("no record of a step or an epoch")
@@ -208,7 +205,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path, advice: str, where: str = "") -> Iterator[None]:
-    """Raises DataError for whatever a parser raises, which for a damaged file may be anything."""
+    """Turns any error of a parser, which may raise anything on a damaged file, into DataError."""
     try:
         yield
     except Exception as error:

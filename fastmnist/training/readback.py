@@ -1,4 +1,4 @@
-"""Looks at a run's losses while it goes on: copied in the order of the device's work, read once they are there."""
+"""Readback of losses while training runs: copied in stream order, read once they have arrived."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-MOST_PENDING = 2  # looks: how far the host may be ahead of what it has seen
+MOST_PENDING = 2  # readbacks: how far the host may run ahead of the values it has seen
 
 
 @dataclass(frozen=True)
-class Look:
+class Readback:
     """Losses and right answers, (steps,) float32 each, of the steps from place `start` of the epoch up to `step`."""
 
     start: int
@@ -20,26 +20,26 @@ class Look:
     losses: torch.Tensor
     right: torch.Tensor
     copied: torch.cuda.Event | None
-    then: Callable[[Look], None]
+    then: Callable[[Readback], None]
 
     def wait(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
 
     @property
-    def is_there(self) -> bool:
+    def arrived(self) -> bool:
         return self.copied is None or self.copied.query()
 
 
-class Looks:
-    """Takes looks at `losses` and `right`, (steps of an epoch,) on a device, and hands each on once it is there."""
+class Readbacks:
+    """Reads parts of `losses` and `right`, (steps of an epoch,) on a device, without waiting for it."""
 
     def __init__(self, losses: torch.Tensor, right: torch.Tensor) -> None:
         self._losses, self._right = losses, right
-        self._pending: deque[Look] = deque()
+        self._pending: deque[Readback] = deque()
 
-    def take(self, start: int, end: int, step: int, then: Callable[[Look], None]) -> None:
-        """Of places start to end, the last of which is `step` of the run. `then` gets it here or in a later call."""
+    def request(self, start: int, end: int, step: int, then: Callable[[Readback], None]) -> None:
+        """Copies places start to end, the last of which is `step` of the run; calls `then` now or later."""
         losses, right = (
             values[start:end].to("cpu", non_blocking=True, copy=True) for values in (self._losses, self._right)
         )
@@ -47,24 +47,24 @@ class Looks:
         if self._losses.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        self._pending.append(Look(start, step, losses, right, copied, then))
+        self._pending.append(Readback(start, step, losses, right, copied, then))
         self.poll()
 
     def poll(self) -> None:
-        """Hands on what is there; waits for the oldest while too many are not."""
-        while self._pending and (self._pending[0].is_there or len(self._pending) > MOST_PENDING):
-            self._hand_on()
+        """Delivers what has arrived; waits for the oldest while more than MOST_PENDING have not."""
+        while self._pending and (self._pending[0].arrived or len(self._pending) > MOST_PENDING):
+            self._deliver()
 
     def finish(self) -> None:
-        """Waits for all."""
+        """Waits for all and delivers them."""
         while self._pending:
-            self._hand_on()
+            self._deliver()
 
     @property
     def pending(self) -> bool:
         return bool(self._pending)
 
-    def _hand_on(self) -> None:
-        look = self._pending.popleft()
-        look.wait()
-        look.then(look)
+    def _deliver(self) -> None:
+        oldest = self._pending.popleft()
+        oldest.wait()
+        oldest.then(oldest)
