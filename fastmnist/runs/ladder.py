@@ -1,4 +1,4 @@
-"""The ladder: from the plain notebook to the fast run in rungs, each one setting, measured on this machine."""
+"""Ladder: from the plain notebook to the fast run, one setting per rung, measured on this machine."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import summarise
 
 Progress = Callable[[str, float], None]
-# A gain or a loss below this share, or with ranges that meet, is called none: short runs move by as much.
+# A difference below this share, or with ranges that overlap, counts as none: short runs vary by as much.
 NOISE = 0.04
 
 
 @dataclass(frozen=True)
 class Rung:
-    """name: what changes. settings: of `train`, on top of the rungs below. why: in one sentence, for a reader.
+    """name: of the change. settings: of `train`, on top of the rungs below. why: one sentence for the reader.
 
-    else_why: what it takes to be faster, shown where it is not. needs_gpu: left out on a CPU, with `instead` as the
-    reason.
+    else_why: the condition for a gain, shown where there is none. needs_gpu: left out on a CPU, for the reason in
+    `instead`.
     """
 
     name: str
@@ -54,23 +54,23 @@ GROUND: dict[str, Any] = {
 
 
 def rungs(preset: str) -> list[Rung]:
-    """From the ground up; the last one takes the recipe of `preset`."""
+    """All rungs, the plain notebook first; the last one takes the recipe of `preset`."""
     recipe = {name: value for name, value in PRESETS[preset]().items() if name not in ("images_seen", "stem")}
     plain = TrainConfig()
     names = ("optimizer", "learning_rate", "weight_decay", "label_smoothing", "augment", "shift", "rotation", "scale")
     settled = {name: getattr(plain, name) for name in names} | recipe
     return [
-        Rung("plain DataLoader", {}, "torchvision's MNIST, sample by sample, as notebooks have it"),
+        Rung("plain DataLoader", {}, "torchvision's MNIST, sample by sample, as in most notebooks"),
         Rung(
             "2 workers",
             {"workers": 2},
             "two processes load while the model computes",
-            "they need cores that the model leaves free",
+            "they need cores that the model leaves idle",
         ),
         Rung(
             "batched fetch",
             {"loader": "tuned", "workers": None},
-            "one indexing per batch instead of one per image, and normalisation of whole batches",
+            "one indexing operation per batch instead of one per image, and normalisation of whole batches",
             "the model must have been waiting for images",
         ),
         Rung(
@@ -83,33 +83,33 @@ def rungs(preset: str) -> list[Rung]:
             "resident on the device",
             {"placement": "resident"},
             "all images in the GPU's memory: nothing is copied per step",
-            "copies that were hidden behind the computation cost nothing before",
+            "copies hidden behind computation cost nothing before",
             needs_gpu=True,
             instead="on a CPU the images are in its memory already",
         ),
         Rung(
             "channels_last",
             {"channels_last": True},
-            "the layout that oneDNN and tensor cores compute in",
+            "the memory layout of oneDNN and tensor cores",
             "it pays where convolutions over large maps bound the step",
         ),
         Rung(
             "AMP",
             {"amp": "auto"},
-            "bfloat16 or float16 where the hardware has it, float32 where it has not",
-            "it pays where arithmetic bounds the step, and its casts cost time",
+            "bfloat16 or float16 where the hardware has it, float32 elsewhere",
+            "it pays where arithmetic bounds the step; its casts cost time",
         ),
         Rung(
             "live taps",
             {"live_taps": True},
-            "no arithmetic and no optimizer for weights that only meet padding",
-            "the last maps must be of one or two pixels",
+            "no arithmetic and no optimizer state for weights that only meet padding",
+            "the last maps must have one or two pixels",
         ),
         Rung(
             "CUDA graph",
             {"compile": "graph"},
             "the whole step in one launch: the host no longer sets the pace",
-            "the host must have been the limit",
+            "the host must have been the bottleneck",
             needs_gpu=True,
             instead="there are no launches to save on a CPU",
         ),
@@ -117,7 +117,7 @@ def rungs(preset: str) -> list[Rung]:
             "torch.compile",
             {"compile": "default"},
             "fused kernels, at the price of compiling them first",
-            "what is left beside convolutions is small",
+            "little is left beside convolutions",
             needs_gpu=True,
             instead="on a CPU compiling took 37 to 59 s and made this network no faster",
         ),
@@ -125,14 +125,14 @@ def rungs(preset: str) -> list[Rung]:
             f"recipe of {preset}",
             settled,
             "SGD, one cycle up to a high rate, small shifts: fewer epochs are enough",
-            "it is there for the accuracy",
+            "its purpose is accuracy",
         ),
     ]
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """rows: a dict per rung, see `ladder`. seconds: that it took. interrupted: by Ctrl-C; rows end there."""
+    """rows: a dict per rung, see `ladder`. seconds: duration. interrupted: by Ctrl-C, where the rows end."""
 
     rows: Sequence[dict[str, Any]]
     origin: dict[str, Any]
@@ -162,7 +162,7 @@ def ladder(
     reporter: Reporter | None = None,
     progress: Progress = lambda text, share: None,
 ) -> Ladder:
-    """Trains every rung with the same seeds and the same number of images, one rung after the other.
+    """Trains every rung in turn with the same seeds and the same number of images.
 
     A row has name, why and settings; images_per_second, seconds_per_epoch (both over the training clock),
     test_accuracy and compile_seconds, each with its values; over_below, the speed over that of the rung below; and
@@ -176,7 +176,7 @@ def ladder(
         reporter, progress: as for `speedrun`.
 
     Raises:
-        ConfigError: a number that cannot work. FastmnistError: the data cannot be used, or no rung could be measured.
+        ConfigError: a number out of range. FastmnistError: the data cannot be used, or no rung could be measured.
     """
     if seeds is None:
         seeds = 1 if quick else 3
@@ -229,7 +229,7 @@ def ladder(
 
 
 def default_images(device: str) -> int:
-    """Training images of a run of `ladder` on that device."""
+    """Number of images that each run of `ladder` trains on, by device."""
     return 120_000 if choose_device(device).type == "cuda" else 12_000
 
 
@@ -257,14 +257,14 @@ def _measured(found: Speedrun, below: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def effect(rates: Sequence[float], before: Sequence[float]) -> str:
-    """Of a rung on the images/s of the one below: "faster", "none" or "slower"."""
+    """Effect of a rung on the images/s of the rung below: "faster", "none" or "slower"."""
     ratio = statistics.median(rates) / statistics.median(before)
-    meet = min(len(rates), len(before)) > 1 and min(rates) <= max(before) and min(before) <= max(rates)
-    return "none" if meet or abs(ratio - 1) < NOISE else "faster" if ratio > 1 else "slower"
+    overlap = min(len(rates), len(before)) > 1 and min(rates) <= max(before) and min(before) <= max(rates)
+    return "none" if overlap or abs(ratio - 1) < NOISE else "faster" if ratio > 1 else "slower"
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line for a person."""
+    """A measured rung in one line."""
     effects = {"faster": "{:.2f} times as fast", "none": "no difference here", "slower": "slower here, {:.2f} times"}
     effect = "" if row["effect"] is None else f", {effects[row['effect']].format(row['over_below'])}"
     return (

@@ -1,4 +1,4 @@
-"""The same run with many seeds in one process: how long training takes, and how accurate it is, without luck."""
+"""Speedrun: the same run with many seeds in one process, for its mean accuracy and training time."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from fastmnist.system.statistics import row
 from fastmnist.training.loop import fastest_convolutions
 from fastmnist.training.session import Session
 
-POINTS = 10  # of the curve of accuracy over seconds
-NEVER = 2**31  # steps between two looks at the loss
-CLAIM_SEEDS = 20  # from which on an accuracy is claimed
-AGE_WHEN_IMPORTED = time.time() - psutil.Process().create_time()  # seconds of this process; its imports, mostly
+POINTS = 10  # on the curve of accuracy over seconds
+NEVER = 2**31  # steps between two log lines
+CLAIM_SEEDS = 20  # fewest seeds for a claim about accuracy
+AGE_WHEN_IMPORTED = time.time() - psutil.Process().create_time()  # seconds since this process began: imports, mostly
 
 
 @dataclass(frozen=True)
 class Speedrun:
-    """What `speedrun` found.
+    """Result of `speedrun`.
 
-    runs: per seed test_accuracy (and test_accuracy_shifted, when asked for), data_seconds (from the open file to a
-        loader, on a GPU with all images there), train_seconds, evaluate_seconds, and all three as mlperf_seconds: from
-        the first touch of the data to the accuracy, without set-up, as MLPerf's training rules count. A run that
-        diverged has `error`, and the accuracy that guessing gives.
-    curve: of one more run with the first seed: train_seconds and test_accuracy along it.
-    setup: import_seconds, data_seconds, compile_seconds before the first run, and what it ran with.
+    runs: a dict per seed. test_accuracy (and test_accuracy_shifted, on request); data_seconds, from the open file to a
+        loader, on a GPU with all images there; train_seconds; evaluate_seconds; and mlperf_seconds, the sum of the
+        three: from the first touch of the data to the accuracy, without set-up, as MLPerf's training rules count. A
+        run that diverged has `error`, and the accuracy of guessing.
+    curve: train_seconds and test_accuracy along one more run with the first seed.
+    setup: import_seconds, data_seconds, compile_seconds before the first run, and its settings.
     """
 
     runs: Sequence[dict[str, Any]]
@@ -56,10 +56,10 @@ class Speedrun:
 
     @property
     def p_value(self) -> float | None:
-        """Of a mean accuracy this far above the target by luck: Student's t-test, one-sided; None of fewer than 2."""
+        """Student's one-sided t-test of the mean accuracy against the target; None for fewer than 2 runs."""
         if self.target is None or len(self.runs) < 2:
             return None
-        if len(set(self.accuracies)) == 1:  # no spread to test by, as where every run diverged
+        if len(set(self.accuracies)) == 1:  # no variance to test with, as when every run diverged
             return float(self.accuracies[0] <= self.target)
         return float(ttest_1samp(self.accuracies, self.target, alternative="greater").pvalue)
 
@@ -68,7 +68,7 @@ class Speedrun:
         return [run["train_seconds"] for run in self.runs]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Accuracy and training seconds as the rows of a benchmark's result."""
+        """Accuracy and training seconds as rows of a benchmark result."""
         settings = {name: self.setup[name] for name in ("preset", "command", "config")}
         rows = [
             row("speedrun", "test_accuracy", self.accuracies, "share", self.origin, settings),
@@ -112,7 +112,7 @@ class Speedrun:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; 0 of one value."""
+    """Sample standard deviation; 0 for one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -129,23 +129,23 @@ def speedrun(
     reporter: Reporter | None = None,
     progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Speedrun:
-    """Trains `seeds` times, seeds config.seed and on, and evaluates each model on the test set, once.
+    """Trains with `seeds` seeds from config.seed on, and evaluates each model once on the test set.
 
-    The training clock of a seed begins with the data in place and the step compiled, and ends when the last step is
-    done. Setting up, compiling (once, for all seeds), data and evaluating have clocks of their own. Weights, optimizer
-    state, order and augmentation of a seed are those of `train` with that seed.
+    The training clock of a seed runs from the data in place and the step compiled to the end of the last step. Set-up,
+    compilation (once for all seeds), data and evaluation have clocks of their own. Weights, optimizer state, order and
+    augmentation of a seed are those of `train` with that seed.
 
     Args:
-        config: a run's settings; nothing is held out for validation unless val_size says so.
-        preset, command: named in the result.
-        curve: train the first seed once more, with the clock stopped now and then to look at the test set.
-        shifted: also average the probabilities of each test image over its shifts by a pixel.
-        target: the accuracy that was set before, for the test whether the mean is above it.
-        enough: asked after each seed with how many are done: whether to leave out the rest.
-        reporter: is told what is chosen. progress: of what is being done, and which share of all is.
+        config: settings of the run; nothing is held out for validation unless val_size says so.
+        preset, command: names for the result.
+        curve: train the first seed once more, stopping the clock at some points to evaluate on the test set.
+        shifted: also evaluate with logits averaged over each test image's shifts by a pixel.
+        target: the accuracy, set beforehand, that the mean is tested against.
+        enough: called after each seed with the number done; True leaves out the rest.
+        reporter: shows what was chosen. progress: called with the current activity and the share done.
 
     Raises:
-        FastmnistError: as `train`. Ctrl-C ends it; what was measured by then is kept, if there is any.
+        FastmnistError: as `train`. Ctrl-C ends the speedrun; it raises only if no seed is done.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
@@ -166,9 +166,9 @@ class _Repeated:
         begun = time.perf_counter()
         self.mode, self.reason = session.set_up()
         if session.device.type == "cuda":
-            self._evaluate(session.loaders.test)  # cuDNN looks for its algorithms now
+            self._evaluate(session.loaders.test)  # cuDNN chooses its algorithms
         self.compile_seconds = time.perf_counter() - begun
-        session.loaders.close()  # each seed has its own, and the GPU's memory holds one of them
+        session.loaders.close()  # each seed has its own; a GPU's memory may hold only one
 
     def describe(self) -> str:
         session, trainer = self.session, self.trainer
@@ -230,7 +230,7 @@ class _Repeated:
         return Speedrun(runs, points, setup, origin(self.session.device), interrupted, target)
 
     def run(self, seed: int, shifted: bool, stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """One seed; None when the user stopped it."""
+        """Trains and evaluates one seed; None when the user stopped."""
         trainer = self.trainer
         model = self.session.make_model(seed)
         begun = time.perf_counter()
@@ -260,18 +260,18 @@ class _Repeated:
         return self.session.evaluate(loader, shifted=shifted).accuracy
 
     def curve(self, seed: int, stop: Callable[[], bool]) -> list[dict[str, float]]:
-        """Accuracy on the test set along one run, with the clock stopped; empty when it diverges or is stopped."""
+        """Test accuracy along one run, the clock stopped at each point; empty when it diverges or is stopped."""
         trainer = self.trainer
         points: list[dict[str, float]] = []
-        looks = {int(step) for step in np.linspace(0, trainer.steps, POINTS + 1).round()[1:]}
+        stops = {int(step) for step in np.linspace(0, trainer.steps, POINTS + 1).round()[1:]}
         loaders = self.session.make_loaders(seed)
         try:
             trainer.begin_again(self.session.make_model(seed), loaders.train)
             while trainer.step < trainer.steps:
-                trainer.run_epoch(stop=lambda: trainer.step in looks or stop())
+                trainer.run_epoch(stop=lambda: trainer.step in stops or stop())
                 if stop():
                     return []
-                if trainer.step in looks:
+                if trainer.step in stops:
                     accuracy = self._evaluate(loaders.test)
                     points.append({"train_seconds": trainer.seconds, "test_accuracy": accuracy})
         except FastmnistError:

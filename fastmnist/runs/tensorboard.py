@@ -1,4 +1,4 @@
-"""TensorBoard, for those who ask for it; an extra, so its absence is an error of usage."""
+"""TensorBoard events of a run; the package is an extra, so its absence is a usage error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmnist.errors import ConfigError
 
 
 def summary_writer() -> Callable[[str], Any]:
-    """TensorBoard's writer, which is an extra; raises ConfigError where it is not installed."""
+    """TensorBoard's writer; raises ConfigError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -23,7 +23,7 @@ def summary_writer() -> Callable[[str], Any]:
 
 @contextmanager
 def tensorboard_events(folder: Path, wanted: bool) -> Iterator[Any]:
-    """TensorBoard's writer, or None."""
+    """An open writer into the run's folder; None unless `wanted`."""
     if not wanted:
         yield None
         return

@@ -1,4 +1,4 @@
-"""A whole run, from a dataset's name to a folder with a trained model and what it can do."""
+"""Training run: from a dataset's name to a folder with the trained model, its figures and pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fastmnist.training.session import Session
 
 @dataclass
 class Clocks:
-    """Seconds of each part of a run."""
+    """Seconds of each part of a run, and when it started."""
 
     compile: float = 0.0
     evaluate: float = 0.0
@@ -56,7 +56,7 @@ class Clocks:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` gives back: the run's folder and what its summary.json says."""
+    """The run's folder and the content of its summary.json."""
 
     folder: Path
     summary: dict[str, Any]
@@ -67,16 +67,16 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, reporter: Reporter | None = None, started: float | None = None) -> TrainResult:
-    """Compiles the data where needed, trains, evaluates on the test set once, draws, and writes the run's folder.
+    """Prepares the data where needed, trains, evaluates on the test set once, draws, and writes the run's folder.
 
     Args:
         config: all settings.
-        reporter: where progress goes; by default standard output.
-        started: time.perf_counter() at which the total clock began; by default now.
+        reporter: shows progress; by default on standard output.
+        started: time.perf_counter() at the start of the total clock; by default now.
 
     Raises:
         FastmnistError: bad data, a setting that cannot work, a loss that is no longer finite, a folder or disk that
-            cannot be written. Ctrl-C raises nothing: it ends the run with `interrupted` in the summary.
+            cannot be written. Ctrl-C does not raise: it ends the run with `interrupted` in the summary.
     """
     return _Run(config, reporter or Reporter(config.quiet), started).execute(None)
 
@@ -88,11 +88,11 @@ def resume(
     reporter: Reporter | None = None,
     started: float | None = None,
 ) -> TrainResult:
-    """Goes on with a run that was stopped, at its exact next batch.
+    """Resumes a run that was stopped, at its exact next batch.
 
     Args:
         folder: the run's folder.
-        given: settings that must be those of the run; any other value is refused.
+        given: settings that must agree with the run's.
 
     Raises:
         FastmnistError: as `train`; also when the run is complete, another process is writing it, or its data or its
@@ -115,8 +115,8 @@ def _resume_claimed(
 ) -> TrainResult:
     if (run.path / CONFIG).exists() and not (run.path / CHECKPOINT).exists():
         raise DataError(
-            f"{run.path}: this run was stopped at step 0, before its first checkpoint: there is config.yaml, and "
-            f"nothing to go on from; fastmnist train --config {run.path / CONFIG} begins it again, in a new folder"
+            f"{run.path}: this run was stopped at step 0, before its first checkpoint, so there is nothing to resume; "
+            f"fastmnist train --config {run.path / CONFIG} starts it again in a new folder"
         )
     content, state = load_checkpoint(run.path)
     saved = checked_settings(content, f"{run.path / CHECKPOINT}: ")
@@ -137,18 +137,18 @@ def _resume_claimed(
     if summary.get("interrupted") is False:
         raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
     return _Run(config, reporter or Reporter(config.quiet), started).execute(
-        (run, {"amp": _begun(summary, state)} | state)
+        (run, {"amp": _begun_with(summary, state)} | state)
     )
 
 
-def _begun(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """The precision of a run whose checkpoint is too old to name it, as far as it is known."""
+def _begun_with(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """The precision of a run whose checkpoint is too old to name it; None if unknown."""
     scaler = state.get("scaler")
     return "fp16" if isinstance(scaler, dict) and scaler else summary.get("amp")
 
 
 class _Run:
-    """One call of `train` or `resume`, in its order."""
+    """One call of `train` or `resume`, its methods in the order in which they run."""
 
     def __init__(self, config: TrainConfig, reporter: Reporter, started: float | None) -> None:
         self.config, self.reporter = config, reporter
@@ -156,7 +156,7 @@ class _Run:
 
     def execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
         if self.config.tensorboard:
-            summary_writer()  # says at once when it is not there
+            summary_writer()  # fails at once when it is not installed
         with Session(
             self.config,
             self.reporter,
@@ -179,7 +179,7 @@ class _Run:
         self.records: list[Record] = []
         if resumed is None:
             self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
-            self.config = replace(self.config, out=None)  # run again, it takes a new folder
+            self.config = replace(self.config, out=None)  # another run of this config takes a new folder
         else:
             self.folder = resumed[0]
         try:
@@ -192,25 +192,25 @@ class _Run:
             return self._train()
         except BaseException:
             if resumed is None and not (self.folder.path / CHECKPOINT).exists():
-                self.folder.discard()  # nothing in it could be gone on from
+                self.folder.discard()  # there is nothing to resume
             raise
         finally:
             self.folder.release()
 
     def _choose_precision(self, device: torch.device, resumed: tuple[RunFolder, dict[str, Any]] | None) -> Precision:
-        """A run that goes on keeps its precision, whatever would be chosen on this device."""
+        """A resumed run keeps its precision, whatever "auto" would choose on this device."""
         amp = None if resumed is None else resumed[1]["amp"]
         if resumed is None or (amp is None and self.config.amp != "auto"):
             return choose_precision(self.config.amp, device)
         if amp is not None:
             if not isinstance(amp, str) or amp not in ("off", "bf16", "fp16"):
-                raise DataError(f"{resumed[0].path / CHECKPOINT}: names a precision that there is not; restore it")
+                raise DataError(f"{resumed[0].path / CHECKPOINT}: names an unknown precision; restore it")
             return keep_precision(amp, device)
         chosen = choose_precision("auto", device)
-        if chosen.scaled:  # its gradients had no scaler
+        if chosen.scaled:  # the run had no scaler
             raise ConfigError(
-                f"{resumed[0].path} was begun with --amp bf16 or off, its checkpoint does not say which, and this "
-                "device has fp16: resume it where it was begun, or begin a new run"
+                f"{resumed[0].path} was begun with --amp bf16 or off; its checkpoint does not say which, and this "
+                "device would use fp16: resume it where it was begun, or begin a new run"
             )
         return chosen
 
@@ -255,7 +255,7 @@ class _Run:
         self.reporter.say(f"mixed precision {self.session.precision.name}: {self.session.precision.reason}")
 
     def _set_up_compile(self) -> None:
-        """Outside the training clock."""
+        """Sets up how steps run, outside the training clock."""
         with self.clocks.measure("compile"):
             self.compile_mode, self.compile_reason = self.session.set_up()
         self.reporter.say(f"compile {self.compile_mode}: {self.compile_reason}")
@@ -284,10 +284,10 @@ class _Run:
         return TrainResult(self.folder.path, summary)
 
     def _epochs(self, stop: Callable[[], bool]) -> bool:
-        """All epochs that are left; False when the user stopped in between."""
+        """Trains the remaining epochs; False when the user stopped."""
         trainer = self.trainer
         finished = trainer.finished_epoch
-        if finished is not None and not self._knows(finished):  # its validation was interrupted
+        if finished is not None and not self._has_record(finished):  # its validation was interrupted
             self._finish_epoch(trainer.epoch_record(finished), stop)
         with self.reporter.training(len(trainer.rates), trainer.step, self.config.batch_size):
             while trainer.step < trainer.steps:
@@ -313,15 +313,15 @@ class _Run:
         return self.trainer.state_dict() | {"test_file": self.files.test.fingerprint}
 
     def _check_test_file(self, state: dict[str, Any]) -> None:
-        """The loader's state names the training file; the test file must be the same too."""
+        """The loader's state names the training file; the test file must be the same, too."""
         before, now = state.get("test_file"), self.files.test.fingerprint
         if before != now:
             raise DataError(
                 f"{self.files.test.path}: the run was begun with test file {before}, this is {now}; "
-                "put the data of then back, or begin a new run"
+                "restore the former data, or begin a new run"
             )
 
-    def _knows(self, epoch: int) -> bool:
+    def _has_record(self, epoch: int) -> bool:
         return any(record["kind"] == "epoch" and record["epoch"] == epoch for record in self.records)
 
     def _log(self, record: Record) -> None:
@@ -412,7 +412,7 @@ class _Run:
         if summary["interrupted"]:
             self.reporter.result(
                 f"Stopped after step {summary['steps']} of {len(self.trainer.rates)}; "
-                f"fastmnist train --resume {path} goes on from there."
+                f"fastmnist train --resume {path} resumes it."
             )
             return
         wrong = round((1 - summary["test_accuracy"]) * summary["test_images"])
@@ -421,4 +421,4 @@ class _Run:
             f"{summary['dataset']} after {duration(summary['train_seconds'])} of training at "
             f"{summary['images_per_second']:,.0f} images/s; {duration(summary['total_seconds'])} in all."
         )
-        self.reporter.result(f"{path / 'report.html'} shows it.")
+        self.reporter.result(f"{path / 'report.html'} shows the run.")

@@ -68,9 +68,10 @@ def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row["name"]: row for row in found.rows}
     assert [rows[name]["effect"] for name in SPEEDS] == [None, "none", "faster", "slower"]
     said = notes(found.rows)
-    assert "2 workers, no difference here: they need cores that the model leaves free" in said
-    assert [line for line in said if line.startswith("channels_last, slower here: it pays where")]
-    assert [line for line in said if line.startswith("CUDA graph, left out: there are no launches")]
+    reasons = {rung.name: rung.instead if rung.needs_gpu else rung.else_why for rung in rungs("cpu")}
+    for name in ("2 workers", "channels_last", "CUDA graph"):
+        [line] = [line for line in said if line.startswith(f"{name}, ")]
+        assert reasons[name] in line
     assert not [line for line in said if line.startswith("batched fetch")]
     assert ladder_markdown(found.to_dict()).count("\n|") == len(SPEEDS) + 5  # the rule, and four more rungs on a CPU
     assert rows["batched fetch"]["over_below"] == pytest.approx(150 / 99)

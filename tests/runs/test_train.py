@@ -1,6 +1,7 @@
-"""Whole runs on the embedded digits: what they leave behind, how they stop, how they go on."""
+"""Whole runs on the embedded digits: their folders, interruptions and resumption."""
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.inference.predict import evaluate, predict
 from fastmnist.prepare.prepare import beton_path, cache_folder, compile_dataset
-from fastmnist.runs.train import resume, train
+from fastmnist.runs.train import TrainResult, resume, train
 from fastmnist.system.progress import Reporter
 from fastmnist.training import compiling
 from fastmnist.training.loop import Trainer
@@ -54,8 +55,7 @@ FILES = [
 ]
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> dict:
+def settings_of(folder: Path) -> dict:
     """A run of a few seconds."""
     return {
         "dataset": "digits",
@@ -64,8 +64,13 @@ def settings(tmp_path: Path) -> dict:
         "batch_size": 64,
         "log_every": 7,
         "quiet": True,
-        "out": str(tmp_path / "run"),
+        "out": str(folder / "run"),
     }
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict:
+    return settings_of(tmp_path)
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -78,7 +83,7 @@ def same_weights(a: Path | str, b: Path | str) -> bool:
 
 
 def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """As if the user pressed Ctrl-C while that step was under way; once."""
+    """Presses Ctrl-C once, during that step."""
     inner, pressed = Trainer.train_step, []
 
     def train_step(self: Trainer, *arguments) -> None:
@@ -148,12 +153,17 @@ def test_saved_weights_are_those_of_torchvision_s_resnet(settings: dict) -> None
     assert names == list("0123456789")
 
 
-# Of 40 steps, 20 an epoch: in the first epoch, at a log line, at the end of an epoch, in the last step.
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run of `settings`, uninterrupted: 40 steps, 20 an epoch."""
+    return train(TrainConfig(**settings_of(tmp_path_factory.mktemp("whole"))))
+
+
+# In the first epoch, at a log line, at the end of an epoch, in the last step.
 @pytest.mark.parametrize("step", [1, 7, 20, 33, 40])
 def test_ctrl_c_and_resume_end_at_the_same_bits(
-    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    settings: dict, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    whole = train(TrainConfig(**settings | {"out": str(tmp_path / "whole")}))
     assert whole.summary["steps"] == 40
     press_ctrl_c_at(monkeypatch, step)
     stopped = train(TrainConfig(**settings))
@@ -215,10 +225,10 @@ def stopped(settings: dict, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_resume_refuses_a_changed_setting(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(stopped), "--seed", "1"]) == 2
-    assert "--seed 0, the command line has 1" in capsys.readouterr().err
+    assert re.search(r"--seed 0\b.*\b1\b", capsys.readouterr().err)
     # Also when what is given is a default that the run did not have.
     assert main(["train", "--resume", str(stopped), "--batch-size", "128"]) == 2
-    assert "--batch-size 64, the command line has 128" in capsys.readouterr().err
+    assert re.search(r"--batch-size 64\b.*\b128\b", capsys.readouterr().err)
 
     config = stopped / "config.yaml"
     kept = config.read_text()
@@ -230,16 +240,15 @@ def test_resume_refuses_a_changed_setting(stopped: Path, capsys: pytest.CaptureF
     assert "config.yaml: --colour" in capsys.readouterr().err
     config.write_text("[")
     assert main(["train", "--resume", str(stopped)]) == 1
-    assert "config.yaml: cannot be read" in capsys.readouterr().err
+    assert "config.yaml" in capsys.readouterr().err
     config.write_text(kept)
     assert main(["train", "--resume", str(stopped), "--batch-size", "64"]) == 0
 
 
-@pytest.mark.parametrize(("split", "message"), [("train", "was taken with file"), ("test", "begun with test file")])
-def test_resume_refuses_changed_data(
-    stopped: Path, capsys: pytest.CaptureFixture[str], split: str, message: str
-) -> None:
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_resume_refuses_changed_data(stopped: Path, capsys: pytest.CaptureFixture[str], split: str) -> None:
     path = beton_path("digits", split, cache_folder())
+    before = Beton(path).fingerprint
     kept = path.read_bytes()
     file = Beton(path)
     from fastmnist.beton.writer import write_beton
@@ -249,7 +258,9 @@ def test_resume_refuses_changed_data(
     write_beton(path, images, file.labels, class_names=file.class_names, source=source)
     try:
         assert main(["train", "--resume", str(stopped)]) == 1
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert str(before) in error
+        assert str(Beton(path).fingerprint) in error
     finally:
         path.write_bytes(kept)
     assert main(["train", "--resume", str(stopped)]) == 0
@@ -270,7 +281,7 @@ def test_resume_refuses_a_complete_run(settings: dict, capsys: pytest.CaptureFix
     folder = train(TrainConfig(**settings | {"epochs": 1})).folder
     capsys.readouterr()
     assert main(["train", "--resume", str(folder)]) == 2
-    assert "this run is complete" in capsys.readouterr().err
+    assert str(folder) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [0, 10, 1000, -1])
@@ -363,7 +374,7 @@ def test_a_compiler_that_fails_is_reported(settings: dict, monkeypatch: pytest.M
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(FastmnistError, match="--compile default does not work here: RuntimeError: no compiler found;"):
+    with pytest.raises(FastmnistError, match=r"--compile default.*no compiler found"):
         train(TrainConfig(**settings | {"compile": "default"}))
     # Where it was our choice, the run goes on without, and says why.
     monkeypatch.setattr(compiling, "choose_compile", lambda *_: ("default", "long"))

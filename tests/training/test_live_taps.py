@@ -30,7 +30,7 @@ def test_the_same_outputs_and_gradients_as_the_convolution(size, kernel, stride,
     torch.manual_seed(0)
     whole = nn.Conv2d(3, 5, kernel, stride, padding, bias=False, dtype=torch.float64)
     if not can_be_live(whole, size):
-        with pytest.raises(ValueError, match="no matrix product"):
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}"):
             LiveConv2d(whole, size)
         return
     live = LiveConv2d(whole, size)
@@ -124,7 +124,7 @@ def test_trained_alike_to_the_last_weight():
 
 def test_other_maps_are_refused():
     live = LiveConv2d(nn.Conv2d(2, 2, 3, padding=1, bias=False), (2, 2))
-    with pytest.raises(ValueError, match=r"made for maps of 2x2, not 3x3"):
+    with pytest.raises(ValueError, match=r"2x2.*3x3"):
         live(torch.zeros(1, 2, 3, 3))
 
 
