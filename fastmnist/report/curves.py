@@ -1,4 +1,4 @@
-"""The learning curves of a run."""
+"""Learning curves of a run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
-MARKED_EPOCHS = 30  # with more epochs than this their boundaries are not drawn
+MARKED_EPOCHS = 30  # with more epochs, their boundaries are not drawn
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Draw loss, error, learning rate and speed over a run's optimizer steps.
+    """Draws loss, error, learning rate and speed over a run's optimizer steps.
 
     Args:
-        records: lines of metrics.jsonl, "step" and "epoch" records in any mixture; None and missing values
-            leave a gap.
+        records: lines of metrics.jsonl, "step" and "epoch" records in any mixture; a missing value leaves a gap.
         path: the PNG to write, 1650 x 1200 pixels.
 
     Raises:
@@ -88,7 +87,7 @@ def _step(record: Record) -> int:
 
 
 def _number(record: Record, key: str) -> float | None:
-    """A finite number or None: a loss that overflowed has no place on an axis."""
+    """A finite number, or None: no axis has a place for a loss that overflowed."""
     value = record.get(key)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -125,7 +124,7 @@ def _two_curves(
     keys: tuple[str, str, str],
     change: Callable[[float], float],
 ) -> tuple[Points, Points, Points]:
-    """Step, epoch and validation points of one quantity, each value sent through `change`."""
+    """Step, epoch and validation points of one quantity, their values mapped by `change`."""
     curves = []
     for records, key in zip((steps, epochs, epochs), keys, strict=True):
         x, y = _points(records, key)
@@ -136,13 +135,13 @@ def _two_curves(
 def _log_panel(
     axes: Axes, steps: Points, epochs: Points, validation: Points, show: Callable[[float], str], most: float
 ) -> None:
-    """Noisy steps in pale, epoch means and validation in full colour, all labelled at their last point."""
+    """Draws steps pale, epoch means and validation in full colour, and names all with their last values."""
     positive = np.concatenate([points[1] for points in (steps, epochs, validation)])
     positive = positive[positive > 0]
     if len(positive) == 0:
         _nothing(axes, "all zero" if len(steps[0]) + len(epochs[0]) + len(validation[0]) else "not recorded")
         return
-    # Zero has no place on a log axis: it is drawn on the lower edge.
+    # A log axis has no zero: it is drawn on the lower edge.
     floor = float(positive.min()) * 0.7
     ceiling = min(float(positive.max()) * 1.4, most * 1.02)
     axes.set_yscale("log")
@@ -180,7 +179,7 @@ def _log_panel(
 
 
 def _label_log_axis(axes: Axes, floor: float, ceiling: float) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, or at powers alone over many decades, written in full."""
+    """Ticks at 1, 2 and 5 times powers of ten, over many decades at powers alone, written in full."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     decades = math.log10(ceiling / floor)

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, no network and no script."""
+"""HTML report of a run: one self-contained file, without network or script."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastmnist.files import write_bytes
 from fastmnist.system.numbers import percent
 
 TEMPLATE = "report.html.jinja"
-MISSING = "\u2013"  # an en dash stands for a value that is not there
+MISSING = "\u2013"  # an en dash, for a missing value
 CLOCKS = (
     ("data_seconds", "preparing data"),
     ("compile_seconds", "compiling"),
     ("train_seconds", "training"),
     ("evaluate_seconds", "evaluating"),
 )
-# Title, alternative text and how to read each picture, in the order in which they are shown.
+# Title, alternative text and caption of each picture, in order.
 CAPTIONS = {
     "curves": (
         "Learning curves",
@@ -62,18 +62,18 @@ def write_report(
     records: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Path],
 ) -> None:
-    """Write the report; a value that is missing or no number is shown as a dash or left out.
+    """Writes the report; a value that is missing or no number becomes a dash or is left out.
 
     Args:
         path: the HTML file to write.
-        summary: what summary.json holds; any key may be missing.
+        summary: content of summary.json; any key may be missing.
         config: the settings; nested ones are shown with dots.
         records: lines of metrics.jsonl; the "epoch" records make the table.
         pictures: PNG files by name: "curves", "confusion", "predictions"; any may be missing.
 
     Raises:
         FastmnistError: the file cannot be written.
-        OSError: a picture that is named cannot be read.
+        OSError: a picture cannot be read.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -98,7 +98,7 @@ def write_report(
 
 
 def _number(value: object) -> float | None:
-    """A finite number, or None for anything else; text never becomes a figure."""
+    """A finite number, or None for anything else, numeric text included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
@@ -163,7 +163,7 @@ def _cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _clocks(summary: Mapping[str, Any]) -> list[Segment]:
-    """The parts of the total time that are known and not zero; what they leave of the total is "other"."""
+    """The known parts of the total time that are not zero; "other" is the rest."""
     parts = [(name, key, max(0.0, _number(summary.get(key)) or 0.0)) for key, name in CLOCKS]
     known = sum(seconds for _, _, seconds in parts)
     total = max(known, _number(summary.get("total_seconds")) or 0.0)
@@ -223,7 +223,7 @@ def _text(value: object) -> str:
 
 
 def _machine(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How and on what the run was made: model size, seed, device, hardware, versions."""
+    """Model size, seed, device, hardware and versions of the run."""
     rows = []
     if _number(summary.get("parameters")) is not None:
         rows.append(("parameters", _count(summary["parameters"])))

@@ -1,4 +1,4 @@
-"""The ladder as a table and as a picture: what each rung does to the seconds of an epoch."""
+"""Ladder as a table and a picture: the effect of each rung on the seconds of an epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTE = {"none": "no difference here", "slower": "slower here"}
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """A line for each rung that was not measured, or is no faster: why."""
+    """The reason for each rung that was not measured or is no faster, one line each."""
     found = []
     for row in rows:
         if "left_out" in row:
@@ -32,7 +32,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """As HEADINGS name them, of a rung that was measured."""
+    """Cells of a measured rung under HEADINGS."""
     rate, accuracy = row["images_per_second"], row["test_accuracy"]
     over = "" if row["over_below"] is None else f"{row['over_below']:.2f}"
     return (
@@ -46,7 +46,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def ladder_table(rows: Sequence[Row]) -> Table:
-    """The rungs that were measured; `notes` has the others."""
+    """The measured rungs; `notes` has the others."""
     from rich.table import Table
 
     table = Table(*HEADINGS)
@@ -57,7 +57,7 @@ def ladder_table(rows: Sequence[Row]) -> Table:
 
 
 def ladder_markdown(found: Mapping[str, Any]) -> str:
-    """The same for a page, and where it comes from."""
+    """The measured rungs as Markdown, with notes and origin."""
     lines = [f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | --- | ---: | ---: |"]
     lines += [f"| {' | '.join(cells(row))} |" for row in found["rows"] if "images_per_second" in row]
     said = [f"- {line}" for line in notes(found["rows"])]
@@ -65,7 +65,7 @@ def ladder_markdown(found: Mapping[str, Any]) -> str:
 
 
 def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Draws seconds per epoch, rung under rung; each bar hangs from the one above it.
+    """Draws seconds per epoch, rung under rung, and what each one saves or costs.
 
     Args:
         found: `Ladder.to_dict()`. paths: to write, .png or .svg.
@@ -115,7 +115,7 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
 
 
 def more_accurate(row: Row, below: Row) -> bool:
-    """Whether the rung's mean accuracy is higher than that below by more than two standard deviations of either."""
+    """Whether the rung's mean accuracy exceeds that of the rung below by more than two standard deviations."""
     found, before = row["test_accuracy"], below["test_accuracy"]
     enough = min(row["n"], below["n"]) > 1
     return bool(enough and found["mean"] - before["mean"] > 2 * max(found["stdev"], before["stdev"]))

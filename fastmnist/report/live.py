@@ -1,4 +1,4 @@
-"""Curves that are drawn in a notebook while a run trains."""
+"""Live learning curves in a notebook while a run trains."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from fastmnist.report.curves import plot_curves
 from fastmnist.system.progress import Reporter
 
-REDRAW_EVERY = 2.0  # seconds: a drawing takes a good part of one
+REDRAW_EVERY = 2.0  # seconds; drawing takes most of one
 
 
 class LiveCurves(Reporter):
-    """A Reporter that shows the learning curves so far below its notebook cell, and says what a Reporter says."""
+    """A Reporter that also draws the learning curves so far below its notebook cell."""
 
     def __init__(self) -> None:
         super().__init__()

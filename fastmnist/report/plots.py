@@ -1,4 +1,4 @@
-"""What a model makes of a test set: the confusion matrix, its mistakes and right answers."""
+"""Pictures of a model's answers on a test set: confusion matrix, worst mistakes, right answers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from fastmnist.system.numbers import percent, probability
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FULL_COLOUR = 12  # this many mistakes in one cell, or the most there are, have the darkest colour
-COLUMNS, WORST, RIGHT = 8, 24, 16  # tiles in a row, mistakes shown at most, right answers shown at most
+FULL_COLOUR = 12  # mistakes in one cell from which on the fullest cell has the darkest colour
+COLUMNS, WORST, RIGHT = 8, 24, 16  # tiles in a row; most mistakes and most right answers shown
 LONGEST_NAME = 14  # characters under a tile
 
 
 def plot_confusion(confusion: npt.NDArray[np.int64], class_names: Sequence[str], path: Path, *, subject: str) -> None:
-    """Draw the confusion matrix so that the mistakes stand out.
+    """Draws the confusion matrix so that the mistakes stand out.
 
     Args:
         confusion: (C, C) int64 counts; rows are true classes, columns predicted ones.
@@ -105,10 +105,9 @@ def plot_predictions(
     class_names: Sequence[str],
     path: Path,
 ) -> None:
-    """Draw the worst mistakes, then a sample of right answers spread over the classes.
+    """Draws the worst mistakes, then a sample of right answers spread over the classes.
 
-    The worst mistake is the one with the largest gap between the probability of the predicted class and that
-    of the true one.
+    A mistake is worse the further the probability of its predicted class lies above that of the true one.
 
     Args:
         images: (N, H, W) or (N, H, W, C) uint8, C being 1, 3 or 4.
@@ -187,7 +186,7 @@ def _square(at: int) -> Any:
 
 
 def _counts(axes: Axes, confusion: npt.NDArray[np.int64], shade: Any, cell: float, size: float) -> None:
-    """The number in each cell that is not empty, left out where it would not fit."""
+    """Writes the number into each cell that is not empty and has room for it."""
     fits = int(cell * 72 * 0.9 / (0.636 * size))  # 0.636: width of DejaVu Sans's digits over their size
     for row, column in zip(*np.nonzero(confusion), strict=True):
         text = str(confusion[row, column])

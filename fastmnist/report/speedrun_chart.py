@@ -1,4 +1,4 @@
-"""The picture of a speedrun: accuracy on the test set over seconds of training."""
+"""Picture of a speedrun: accuracy on the test set over seconds of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEFT, RIGHT, HEIGHT, BELOW = 0.9, 0.4, 3.9, 0.75
 
 
 def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
-    """Draws one seed's way and every seed's end; below them, where the rest of the time goes.
+    """Draws the curve of one seed and the end of every seed, and names the time outside the training clock below.
 
     Args:
         found: `Speedrun.to_dict()`.
@@ -30,7 +30,7 @@ def plot_speedrun(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
     seconds = np.array([run["train_seconds"] for run in runs])
     wrong = np.array([1 - run["test_accuracy"] for run in runs])
     way = [(point["train_seconds"], 1 - point["test_accuracy"]) for point in found["curve"]]
-    least = 0.5 / found["test_images"]  # none wrong has no place on a log scale
+    least = 0.5 / found["test_images"]  # a log scale has no place for 0 wrong answers
     heading = _heading(found)
     with styled():
         figure, axes = page(

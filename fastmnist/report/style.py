@@ -1,7 +1,7 @@
-"""What all pictures share: one style, one way to be saved, and texts that can be drawn.
+"""Style of all pictures: colours, page layout, reproducible files, and text that the font can draw.
 
-Only matplotlib's object API is used: no pyplot, no open figures, no settings that outlive a call. It is imported by
-the functions that draw, so that nothing else waits for it. The same input gives the same bytes.
+Only matplotlib's object API is used: no pyplot, no open figures, no settings that outlive a call. The functions that
+draw import it, so that nothing else waits for it. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, QUIET, RULE = "#1f2328", "#57606a", "#d8dee4"
-# Blue and orange of the Okabe-Ito palette, which colour-blind readers can tell apart; the orange is darker
-# than theirs to be read as text on white.
+# Blue and orange of the Okabe-Ito palette, which colour-blind readers can tell apart; the orange is darkened to be
+# legible as text on white.
 TRAIN, VALIDATION = "#0072b2", "#b8500a"
-PAGE, MARGIN = 10.0, 0.2  # inches: a page's width and the room at its edges
+PAGE, MARGIN = 10.0, 0.2  # inches: width of a page and of its margins
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
     "axes.grid": True,
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "figure.facecolor": "white",
-    "font.family": ["DejaVu Sans"],  # it comes with matplotlib, so text looks the same everywhere
+    "font.family": ["DejaVu Sans"],  # matplotlib brings it along, so text looks the same everywhere
     "font.size": 10,
     "grid.color": RULE,
     "grid.linewidth": 0.6,
@@ -57,7 +57,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """STYLE on top of matplotlib's own defaults: the user's matplotlibrc changes nothing here."""
+    """Applies STYLE to matplotlib's own defaults, whatever the user's matplotlibrc says."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -78,12 +78,12 @@ def new_figure(width: float, height: float, engine: str = "constrained") -> Figu
 def page(
     heading: str, origin: str, notes: Sequence[str], *, left: float, right: float, height: float, below: float
 ) -> tuple[Figure, Axes]:
-    """A figure with a heading, a line on where it comes from, axes, and notes at the bottom.
+    """A figure with a heading, a line on its origin, axes, and notes at the bottom.
 
     Args:
-        notes: each one line.
+        notes: one line each.
         left, right: inches from the page's edges to the axes.
-        height, below: inches of the axes, and beneath them for what they are labelled with.
+        height, below: inches of the axes, and of the space for labels below them.
     """
     across = PAGE - 2 * MARGIN
     blocks = [
@@ -118,7 +118,7 @@ def save(figure: Figure, path: Path, title: str | None = None) -> None:
         FastmnistError: the file cannot be written.
     """
     kind = path.suffix.lower().removeprefix(".")
-    # Neither versions nor dates are written into the file.
+    # No versions and no dates, which would change the bytes.
     metadata: dict[str, str | None]
     if kind == "png":
         metadata = {"Software": None}
@@ -141,7 +141,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def drawable(name: str, longest: int = 24) -> str:
-    """The name as one short line that the font can draw; a character that it lacks is given by its number."""
+    """The name as one short line; a character that the font lacks becomes its code point, U+0000."""
     line = " ".join(str(name).split())
     parts = []
     for character in line:
@@ -154,7 +154,7 @@ def drawable(name: str, longest: int = 24) -> str:
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that one line of text takes at `size` points."""
+    """Width in inches of one line of text at `size` points."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -164,7 +164,7 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal", most: int | None = None) -> list[str]:
-    """The text as lines of at most `width` inches, at most `most` of them; what does not fit ends in "…"."""
+    """Breaks text into lines of at most `width` inches; after `most` lines it ends in "…"."""
 
     def fits(line: str) -> bool:
         return text_width(line, size, weight) <= width
@@ -176,7 +176,7 @@ def wrapped(text: str, width: float, size: float, weight: str = "normal", most: 
             continue
         if line:
             lines.append(line)
-        while len(word) > 1 and not fits(word):  # no line could hold it
+        while len(word) > 1 and not fits(word):  # longer than a line
             cut = next(cut for cut in range(len(word) - 1, 0, -1) if cut == 1 or fits(word[:cut]))
             lines.append(word[:cut])
             word = word[cut:]

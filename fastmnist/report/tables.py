@@ -1,4 +1,4 @@
-"""The comparison of loaders as a table: on a terminal and in Markdown, from the same cells."""
+"""Tables of comparisons, evaluations and benchmarks, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADINGS = (
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A line per loader that was measured, the fastest first, as HEADINGS name them."""
+    """A row of cells under HEADINGS per measured loader, the fastest first."""
     lines: list[tuple[str, ...]] = []
     of_group = {(found["group"], found["name"]): found for found in rows if "error" not in found}
     loaders = [found for (group, _), found in of_group.items() if group == "loader"]
@@ -47,7 +47,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What the table does not say: cold caches, what could not be measured, and where and how it was measured."""
+    """Cold caches, what could not be measured, and how and on what the rest was measured."""
     notes = []
     for found in rows:
         if found["group"] == "first batch" and found.get("settings", {}).get("jit_cache") == "cold":
@@ -88,7 +88,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def evaluation_tables(confusion: np.ndarray, class_names: Sequence[str]) -> list[Table]:
-    """Accuracy per class; and, of at most ten classes, the confusion matrix.
+    """Accuracy per class and, for at most ten classes, the confusion matrix.
 
     confusion: (C, C) counts, rows are true classes.
     """
