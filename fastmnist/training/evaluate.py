@@ -109,7 +109,12 @@ def evaluate_model(
 
 
 def accuracy_interval(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of an accuracy of `right` out of `count` (E. B. Wilson, 1927)."""
+    """Wilson's score interval of an accuracy of `right` out of `count` (E. B. Wilson, 1927).
+
+    >>> low, high = accuracy_interval(9_914, 10_000)
+    >>> f"{low:.2%} to {high:.2%}"
+    '98.94% to 99.30%'
+    """
     interval = binomtest(right, count).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 

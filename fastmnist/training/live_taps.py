@@ -121,6 +121,10 @@ def use_live_taps(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
     The model computes the same function, and its state dict keeps names and shapes; dead taps become zero.
 
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Flatten())
+    >>> use_live_taps(model, (1, 1, 1)), model[0].weight.shape, model.state_dict()["0.weight"].shape
+    (1, torch.Size([1, 8, 1]), torch.Size([8, 1, 3, 3]))
+
     Returns:
         The number of replaced convolutions; 0 where maps stay large.
     """

@@ -1,11 +1,15 @@
 """Readings of the machine: control groups, cores and memory."""
 
 import os
+import platform
+from pathlib import Path
 
 import pytest
+import torch
 
+from fastmnist.errors import ConfigError
 from fastmnist.system import machine
-from fastmnist.system.machine import limit_periods, physical_cores
+from fastmnist.system.machine import choose_device, limit_periods, physical_cores, processor_flags
 
 
 @pytest.mark.parametrize(
@@ -35,3 +39,19 @@ def test_memory_in_use_is_that_of_this_process(in_a_new_process):
         assert 350 << 20 < memory_in_use() - before < 450 << 20
     """
     in_a_new_process(script)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux alone lists its processor's flags there")
+def test_the_processor_s_flags_are_found() -> None:
+    assert processor_flags() >= ({"fpu", "sse2"} if platform.machine() == "x86_64" else set())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: asking for one works")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cuda"):
+        choose_device("cuda")
+
+
+def test_a_device_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        choose_device("nonsense")

@@ -1,4 +1,4 @@
-"""The training loop: its schedule, its determinism, its clocks and its errors."""
+"""Training loop: equivalence with a plain one, determinism, resumption, records and errors."""
 
 import copy
 from pathlib import Path
@@ -13,10 +13,8 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.loader.loader import Loader
 from fastmnist.training.compiling import set_up_compile
-from fastmnist.training.evaluate import StopRequested, evaluate_model
 from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model
-from fastmnist.training.optimizer import one_cycle
 from fastmnist.training.precision import Precision
 
 FLOAT32 = Precision(None, "a test")
@@ -71,22 +69,6 @@ def test_equals_a_plain_loop(beton: Path, optimizer: str) -> None:
     assert ours.step == 12
     assert records[1] is not None
     assert records[1]["step"] == 12
-
-
-@pytest.mark.parametrize("warmup", [0.01, 0.99])
-@pytest.mark.parametrize("steps", [1, 2, 50])
-def test_any_number_of_steps_has_a_schedule(steps: int, warmup: float) -> None:
-    rates = one_cycle(steps, 0.4, warmup)
-    assert len(rates) == steps
-    assert all(0 < rate <= 0.4 + 1e-9 for rate in rates)
-
-
-def test_one_cycle_rises_to_its_peak_and_falls() -> None:
-    rates = one_cycle(50, 0.4, 0.2)
-    assert max(rates) == pytest.approx(0.4, rel=0.01)
-    assert np.argmax(rates) == pytest.approx(0.2 * 50, abs=1)
-    assert rates[0] == pytest.approx(0.4 / 25)
-    assert rates == sorted(rates[: np.argmax(rates)]) + sorted(rates[np.argmax(rates) :], reverse=True)
 
 
 def test_the_same_seed_gives_the_same_bits(beton: Path) -> None:
@@ -211,30 +193,6 @@ def test_images_reach_the_model_normalised_and_channels_last(beton: Path) -> Non
     assert abs(float(everything.std()) - 1) < 0.05
 
 
-def test_evaluation_equals_a_plain_loop_and_can_be_stopped(beton: Path) -> None:
-    model = build_model("small-cnn").train()
-    loader = Loader(beton, 32, shuffle=False, device="cpu")
-    mean, std = loader.file.moments
-    result = evaluate_model(model, loader, mean, std)
-    images = torch.from_numpy(loader.file.images(np.arange(100))).permute(0, 3, 1, 2).float()
-    model.eval()
-    with torch.no_grad():
-        logits = model((images / 255 - mean[0]) / std[0])
-    expected = logits.argmax(1).numpy()
-    assert np.allclose(result.probabilities, logits.softmax(1).numpy(), atol=1e-4)
-    assert result.accuracy == pytest.approx((expected == loader.file.labels).mean())
-    assert result.loss == pytest.approx(
-        float(nn.functional.cross_entropy(logits, torch.from_numpy(loader.file.labels))), abs=1e-3
-    )
-    confusion = np.zeros((10, 10), np.int64)
-    np.add.at(confusion, (loader.file.labels, expected), 1)
-    assert np.array_equal(result.confusion(), confusion)
-    model.train()
-    with pytest.raises(StopRequested):
-        evaluate_model(model, loader, mean, std, stop=lambda: True)
-    assert model.training
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # torch's compiler has much to say
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -299,39 +257,6 @@ def test_a_first_step_that_the_scaler_skips_leaves_no_trace(beton: Path) -> None
     assert each.optimizer.scaler.get_scale() == 512
     assert same(before, parameters)
     assert not any(state["momentum_buffer"].any() for state in each.optimizer.base.state.values())
-
-
-@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"optimizer": "adamw"}])
-def test_momenta_of_zeros_are_those_of_a_new_optimizer(beton: Path, settings: dict) -> None:
-    ours = trainer(beton, **settings)
-    config, weights = ours.config, ours.model.parameters()
-    plain: torch.optim.Optimizer  # has no momenta yet
-    if config.optimizer == "adamw":
-        plain = torch.optim.AdamW(weights, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
-    else:
-        plain = torch.optim.SGD(
-            weights,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    generator = torch.Generator().manual_seed(0)
-    parameters, results = list(ours.model.parameters()), []
-    begun = [parameter.detach().clone() for parameter in parameters]
-    grads = [[torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(3)]
-    for optimizer in (ours.optimizer.base, plain):
-        with torch.no_grad():
-            for parameter, value in zip(parameters, begun, strict=True):
-                parameter.copy_(value)
-        optimizer.param_groups[0]["lr"] = 0.1
-        for step in grads:
-            for parameter, grad in zip(parameters, step, strict=True):
-                parameter.grad = grad.clone()
-            optimizer.step()
-        results.append([parameter.detach().clone() for parameter in parameters])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(results[0], begun, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
