@@ -1,1 +1,1 @@
-"""What a figure needs beside it: where and with what it was measured."""
+"""Measurements: the doctor, the tuner and the comparison of loaders."""

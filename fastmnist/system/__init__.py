@@ -1,1 +1,1 @@
-"""What everything else stands on: console progress, statistics, the machine and its devices."""
+"""Foundations: console progress, statistics, the environment, and the machine with its devices."""
