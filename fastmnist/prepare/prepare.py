@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,7 +111,7 @@ def compile_dataset(
         dataset: a name from `datasets.NAMES`.
         data_dir: the folder with the IDX files; by default $FASTMNIST_DATA, then a download into the cache.
         output: the folder for the `.beton` files; by default the cache.
-        progress: called after each page.
+        progress: called with (file, samples written, samples in all) after each page.
         expand: copies of each training image, at least 1; None for no third file.
         seed: of the copies' deformations, 0 or more; each is a pure function of (seed, index).
 
@@ -136,7 +137,8 @@ def compile_dataset(
             split = f"train-x{expand}"
             path = beton_path(dataset, split, folder)
             for suffix in (".partial", ".journal"):  # left by an interrupted writer of earlier versions
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.with_name(path.name + suffix).unlink()
             # The size is enough: reading gigabytes at each call is left to `fastmnist verify`.
             status = _status(path, expanded_source(train.integrity.source, expand, seed), verify="size")
             if status != "current":

@@ -30,7 +30,7 @@ from fastmnist.inference.picture import MAX_PIXELS, mnist_like
 from fastmnist.inference.predict import predict
 from fastmnist.prepare.prepare import beton_path, cache_folder
 from fastmnist.runs.train import train
-from fastmnist.training.checkpoint import ModelCard
+from fastmnist.training.checkpoint import ModelCard, save_weights
 
 DIGITS = {"dataset": "digits", "model": "small-cnn", "batch_size": 64, "quiet": True}
 
@@ -266,6 +266,16 @@ def test_another_dataset_s_classes_are_shown() -> None:
     assert "trained on fashion" in text
     assert text.count("</script>") == 1, "no name ends the script"
     assert json.loads(re.findall(r"const names = (.*);", text)[0]) == names
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 3), (28, 32, 1)])
+def test_models_of_coloured_or_oblong_images_are_refused(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    moments = (0.5,) * shape[2]
+    card = ModelCard("small-cnn", "imagenet", "digits", list("0123456789"), shape, moments, moments)
+    save_weights(tmp_path, card.build(), card)
+    for use in (lambda: predict(tmp_path, ["a.png"]), lambda: serving(tmp_path).__enter__()):
+        with pytest.raises(ConfigError, match=re.escape(str(shape))):
+            use()
 
 
 def test_which_run_it_takes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
