@@ -27,8 +27,9 @@ Settings = dict[str, Any]
 Status = Literal["best", "tie", "slower", "dropped", "failed", "too much memory", "not measured"]
 Progress = Callable[[str, float], None]
 
-FIRST_RUNG, OPENING = 0.6, 0.8  # of the budget: no candidate is begun later; no third finalist is opened later
-FINALISTS, MOST_ROUNDS = 4, 15
+FIRST_RUNG = 0.6  # of the budget
+FINALISTS = 4
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # the least even beyond the budget: one value decides nothing
 SAME = 0.95  # of the best: no slower is a tie
 TURN_SECONDS = 0.25
 WARM_UP_SECONDS = 1.0  # at most, to use up the batches that a loader has ready
@@ -194,7 +195,7 @@ class Halving:
 
     1. Each candidate takes one turn beside the simplest. Single changes come first, then their combinations, the most
        promising first (each change is expected to do what it did alone), until 0.6 of the budget are spent.
-    2. The simplest and the three best take turns until the budget is spent, 15 rounds at most.
+    2. The simplest and the three best take turns until the budget is spent, 3 to 15 rounds.
 
     Args:
         candidates: the simplest first.
@@ -332,11 +333,15 @@ class Halving:
                 candidate.status, candidate.reason = "dropped", f"{share:.2f} of the best beside the simplest"
             elif self.max_memory is not None and memory + (candidate.memory or 0) > self.max_memory:
                 candidate.reason = "no memory left to measure it beside the others"
-            elif len(finalists) > 1 and self._elapsed() > OPENING * self.budget:
+            elif len(finalists) > 1 and self._elapsed() + self._final_seconds(len(finalists) + 1) > self.budget:
                 candidate.status, candidate.reason = "dropped", "no time left to measure it again"
             elif (loader := self._open(candidate)) is not None:
                 finalists[candidate] = stack.enter_context(closing(loader))
                 memory += candidate.memory or 0
+
+    def _final_seconds(self, finalists: int) -> float:
+        """Of opening one more finalist, and of the least rounds of them all."""
+        return self.candidate_seconds + LEAST_ROUNDS * finalists * self.turn_seconds
 
     def _second_rung(self, finalists: dict[Candidate, OpenLoader]) -> None:
         self._say("round 1")
@@ -344,6 +349,7 @@ class Halving:
             {candidate: loader.turn for candidate, loader in finalists.items()},
             MOST_ROUNDS,
             until=self.begun + self.budget - len(finalists) * self.turn_seconds,
+            least=LEAST_ROUNDS,
             on_turn=lambda turn: self._say(f"round {turn + 1}"),
         )
         for candidate, values in rates.items():

@@ -194,6 +194,7 @@ def test_a_slow_machine_still_compares_two_settings(clock):
     found = tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, slow, budget=1.5)
     measured = [candidate for candidate in found.search.candidates if candidate.values]
     assert len(measured) == 2
+    assert all(len(candidate.final) >= 3 for candidate in measured)
 
 
 def test_a_budget_that_measures_nothing_is_refused(clock):
