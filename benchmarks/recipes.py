@@ -62,9 +62,9 @@ def plain_recipe(train: Beton, test: Beton, device: torch.device, seed: int) -> 
         transforms = torch.from_numpy(moves).to(device)
 
         def steps() -> Iterator[None]:
-            for at, (images, labels) in enumerate(loader):
-                part = transforms[at * BATCH_SIZE : (at + 1) * BATCH_SIZE]
-                values = normalise(warp_on_device(images.float(), part)).contiguous(memory_format=torch.channels_last)
+            for images, labels, rows in loader.chunks():
+                moved = warp_on_device(images.float(), transforms.index_select(0, rows))
+                values = normalise(moved).contiguous(memory_format=torch.channels_last)
                 functional.cross_entropy(model(values), labels).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -43,16 +43,18 @@ def test_epoch(name, data, device, measure):
     subset = np.arange(IMAGES)
     with LOADERS[name](data.path, BATCH_SIZE, device=device, indices=subset, drop_last=True, **settings) as loader:
         trainer = Trainer(model, loader, config, choose_precision(config.amp, device))
-        fixed, transforms = next(iter(loader)), trainer.transforms(0)
+        images, labels, rows = next(loader.chunks())
+        table = trainer.transforms(0)
+        transforms = None if table is None else table.index_select(0, rows)
         loader.set_epoch(0)
 
-        def bare(images: int) -> float:
+        def bare(count: int) -> float:
             model.train()
             step = trainer.step
             trainer.synchronize()
             begun = time.perf_counter()
             for _ in range(LIMIT_STEPS):
-                trainer.load(*fixed, None if transforms is None else transforms[:BATCH_SIZE], 0)
+                trainer.load(images, labels, transforms, 0)
                 trainer.train_step(0)
                 trainer.seek(step)  # there is no step of the epoch that these are
             trainer.synchronize()

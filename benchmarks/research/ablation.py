@@ -281,14 +281,14 @@ def seconds_per_image(way: Way, config: TrainConfig) -> float:
     with changed(way, config, 0) as session:
         trainer, taken, seen = session.trainer, 0.0, 0
         size, transforms = trainer.loader.batch_size, trainer.transforms(0)
-        batches = iter(trainer.loader)
+        batches = trainer.loader.chunks()
         trainer.model.train()
         for part in (0.0, 0.2, 0.55, 0.9):
             trainer.seek(int(part * trainer.steps))
             for at in range(max(1, TIMED_IMAGES // 4 // size) + 1):
-                images, labels = next(batches)
+                images, labels, rows = next(batches)
                 begun = time.perf_counter()
-                trainer.load(images, labels, None if transforms is None else transforms[: len(labels)], 0)
+                trainer.load(images, labels, None if transforms is None else transforms.index_select(0, rows), 0)
                 trainer.train_step(0)
                 trainer.synchronize()
                 if at:  # the first step of a part warms up

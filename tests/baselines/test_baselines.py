@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import get_args
 
@@ -429,6 +430,25 @@ def test_training_through_each_learns_and_goes_on_where_it_stopped(make_trainer,
     resumed.load_state_dict(stopped.state_dict())
     assert resumed.run_epoch()["train_loss"] == second["train_loss"]
     assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("kind", ["ours", "tuned", "tensors", FFCV])
+def test_the_trainer_moves_each_sample_by_its_own_draw_of_the_epoch(make_trainer, kind):
+    trainer, loaded = make_trainer(kind), []
+    load = trainer.load
+    trainer.load = lambda *batch: loaded.append(copied([batch[:3]])[0]) or load(*batch)
+    trainer.run_epoch()
+    trainer.run_epoch()
+    file, moves = trainer.loader.file, trainer.augmentation
+    rows_of = defaultdict(list)
+    for row, image in enumerate(file.images(np.arange(len(file)))):
+        rows_of[image.tobytes()].append(row)
+    for epoch in range(2):
+        matrices = torch.from_numpy(moves.matrices(moves.draw(len(file), 0, epoch), file.image_shape[:2]))
+        for images, labels, transforms in loaded[epoch * len(trainer.loader) :][: len(trainer.loader)]:
+            for image, label, transform in zip(images, labels, transforms, strict=True):
+                rows = rows_of[image.numpy().tobytes()]  # some images of the digits are there twice
+                assert any(torch.equal(matrices[row], transform) and file.labels[row] == label for row in rows)
 
 
 @pytest.mark.parametrize("augment", [True, False])

@@ -1,9 +1,9 @@
-"""Device memory on a machine without a GPU: a recorded stand-in for torch.cuda, whose copies may come late."""
+"""Device memory on a machine without a GPU: a recorded stand-in for torch.cuda, whose copies come late."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,29 +22,44 @@ COUNT, BATCH, SEED = 101, 8, 2
 CPU = torch.device("cpu")
 
 
+class Copy:
+    """A copy that is made when the device comes to it."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self.source, self.result, self.made = source, torch.zeros_like(source), False
+
+    def make(self) -> None:
+        if not self.made:
+            self.result.copy_(self.source)
+            self.made = True
+
+
 class Stream:
-    """Copies that were issued on a stream; `late` ones are made when an event behind them is waited for."""
+    """Copies issued on it, and those that its further work waits for."""
 
     def __init__(self, device: torch.device) -> None:
-        self.copies: list[Callable[[], object]] = []
-        self.waited: list[Event] = []
+        self.issued: list[Copy] = []
+        self.waited: list[list[Copy]] = []
 
     def wait_event(self, event: Event) -> None:
-        self.waited.append(event)
-        event.synchronize()
+        self.waited.append(event.behind)
+
+    def work(self) -> None:
+        for copies in self.waited:
+            for copy in copies:
+                copy.make()
 
 
 class Event:
     def __init__(self) -> None:
-        self.recorded: list[Callable[[], object]] = []
+        self.behind: list[Copy] = []
 
     def record(self, stream: Stream) -> None:
-        self.recorded, stream.copies = stream.copies, []
+        self.behind, stream.issued = stream.issued, []
 
     def synchronize(self) -> None:
-        for copy in self.recorded:
-            copy()
-        self.recorded = []
+        for copy in self.behind:
+            copy.make()
 
 
 class StandIn:
@@ -63,12 +78,11 @@ class StandIn:
         self._inside.pop()
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        result = torch.zeros_like(tensor)
-        if self.late:
-            self._inside[-1].copies.append(lambda: result.copy_(tensor))
-        else:
-            result.copy_(tensor)
-        return result
+        copy = Copy(tensor)
+        self._inside[-1].issued.append(copy)
+        if not self.late:
+            copy.make()
+        return copy.result
 
 
 @pytest.fixture
@@ -133,7 +147,9 @@ def test_a_batch_is_handed_over_behind_its_copy_and_kept_for_the_consumers_strea
     batches = pinned(file, Finish(file, torch.uint8, None, CPU), prefetch).batches(parts_of(file, first=first))
     number = 0
     for number, (images, labels) in enumerate(batches, 1):
-        assert len(cuda.consumer.waited) == number  # for an event behind the copies of this batch, or it would be zeros
+        assert len(cuda.consumer.waited) == number
+        assert not images.any()  # not copied yet, and nothing waits for that but the consumer's work
+        cuda.consumer.work()
         (one, first_stream), (other, second_stream) = cuda.recorded[-2:]
         assert one is images
         assert other is labels
@@ -145,9 +161,11 @@ def test_a_batch_is_handed_over_behind_its_copy_and_kept_for_the_consumers_strea
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_pinned_memory_is_not_filled_again_before_its_copy(cuda, file, prefetch):
-    """All batches are held, and looked at when the last copy is made."""
-    copier = pinned(file, Finish(file, torch.uint8, None, CPU), prefetch)
-    assert_same_batches(list(copier.batches(parts_of(file))), expected_batches(file))
+    """The consumer's work comes last of all."""
+    expected = expected_batches(file)
+    found = list(pinned(file, Finish(file, torch.uint8, None, CPU), prefetch).batches(parts_of(file)))
+    cuda.consumer.work()
+    assert_same_batches(found, expected)
 
 
 @pytest.mark.parametrize("memory", [pinned, plain, resident])
