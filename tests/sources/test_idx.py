@@ -24,8 +24,7 @@ def an_array(code: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.nan_to_num(array) if dtype.kind == "f" else array
 
 
-def read_to_the_end(path) -> np.ndarray:
-    return np.concatenate(list(IdxFile(path, "u1", 2).blocks(2)))
+READS = [lambda file: list(file.blocks(2)), IdxFile.read]
 
 
 def a_header(code: int, *shape: int) -> bytes:
@@ -108,31 +107,21 @@ def test_fewer_values_than_the_header_announces_are_refused_naming_both_sizes(sc
         assert all(text in str(error.value) for text in (str(path), f"{kept} bytes", "20"))
 
 
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_more_values_than_the_header_announces_are_refused_by_blocks(tmp_path, suffix):
-    path = more_than_announced(tmp_path / f"values{suffix}")
-    with pytest.raises(DataError, match=r"values.*20"):
-        list(IdxFile(path, "u1", 2).blocks(2))
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_more_values_than_the_header_announces_are_refused_by_read(tmp_path, suffix):
-    path = more_than_announced(tmp_path / f"values{suffix}")
-    with pytest.raises(DataError, match=r"values.*20"):
-        IdxFile(path, "u1", 2).read()
-
-
-def more_than_announced(path):
+def test_more_values_than_the_header_announces_are_refused(tmp_path, suffix, read):
     content = a_header(0x08, 5, 4) + bytes(21)
-    path.write_bytes(gzip.compress(content) if path.suffix else content)
-    return path
+    path = tmp_path / f"values{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    with pytest.raises(DataError, match=r"values.*20"):
+        read(IdxFile(path, "u1", 2))
 
 
 @pytest.mark.parametrize("shape", [(65535, 65535, 65535), (2**32 - 1,) * 3, (2**31, 2**31, 4), (1, *(2**32 - 1,) * 7)])
 def test_sizes_that_no_memory_holds_are_refused(tmp_path, shape):
     path = tmp_path / "values"
     path.write_bytes(a_header(0x08, *shape) + bytes(100))
-    for read in (lambda file: file.read(), lambda file: list(file.blocks(1))):
+    for read in READS:
         with pytest.raises(DataError, match="values"):
             read(IdxFile(path, "u1", len(shape)))
 
@@ -142,29 +131,21 @@ def a_gzipped_file(path, write_idx) -> bytes:
     return write_idx(path, array).read_bytes()
 
 
-def test_a_gzipped_file_cut_at_any_byte_is_refused(scratch, write_idx):
+@pytest.mark.parametrize("read", READS)
+def test_a_gzipped_file_cut_at_any_byte_is_refused(scratch, write_idx, read):
     path = scratch() / "values.gz"
     content = a_gzipped_file(path, write_idx)
     for length in range(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(DataError, match=r"values\.gz"):
-            read_to_the_end(path)
-
-
-def test_a_gzipped_file_cut_at_any_byte_is_refused_by_read(scratch, write_idx):
-    path = scratch() / "values.gz"
-    content = a_gzipped_file(path, write_idx)
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"values\.gz"):
-            IdxFile(path, "u1", 2).read()
+            read(IdxFile(path, "u1", 2))
 
 
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_a_gzipped_file_gives_the_same_values_or_is_refused(scratch, write_idx, position, bit):
     path = scratch() / "values.gz"
     content = bytearray(a_gzipped_file(path, write_idx))
-    whole = read_to_the_end(path)
+    whole = IdxFile(path, "u1", 2).read()
     content[position % len(content)] ^= 1 << bit
     path.write_bytes(content)
     try:
