@@ -14,6 +14,7 @@ from torch import nn
 
 from fastmnist.errors import FastmnistError
 from fastmnist.files import replacing
+from fastmnist.inference import picture
 from fastmnist.inference.demo import render_page
 from fastmnist.inference.export import Classifier, logits_of_both, open_onnx, require_packages, write_onnx
 from fastmnist.inference.onnxruntime_web import load_runtime
@@ -23,6 +24,7 @@ from fastmnist.training.live_taps import use_live_taps
 
 TOLERANCE = 0.01  # of probabilities: the page shows per cent
 MIN_HALVED = 256  # numbers in a tensor that becomes 16-bit; smaller ones (biases) stay as they are
+CONSTANTS = {name: getattr(picture, name) for name in ("EDGE", "CUT", "SPECK", "MIN_STROKE", "BOX_SHARE")}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'wasm-unsafe-eval' data:"
 
 
@@ -85,7 +87,7 @@ def share_html(
             "model": _packed(written.read_bytes()),
         }
         images = len(test)
-    content = render_page(card, "demo_page.js.jinja", shared=shared, policy=POLICY)
+    content = render_page(card, "demo_page.js.jinja", shared=shared, policy=POLICY, constants=CONSTANTS)
     with replacing(path, "name another file with --share-html") as file:
         file.write(content)
     return Shared(path, len(content), images, difference)
