@@ -78,7 +78,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None, started: flo
         FastmnistError: bad data, a setting that cannot work, a loss that is no longer finite, a folder or disk that
             cannot be written. Ctrl-C does not raise: it ends the run with `interrupted` in the summary.
     """
-    return _Run(config, reporter or Reporter(config.quiet), started).execute(None)
+    return _Run(config, reporter or Reporter(config.quiet), started).execute()
 
 
 def resume(
@@ -136,9 +136,8 @@ def _resume_claimed(
     summary = run.read_summary()
     if summary.get("interrupted") is False:
         raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
-    return _Run(config, reporter or Reporter(config.quiet), started).execute(
-        (run, {"amp": _begun_with(summary, state)} | state)
-    )
+    state = {"amp": _begun_with(summary, state)} | state
+    return _Run(config, reporter or Reporter(config.quiet), started, (run, state)).execute()
 
 
 def _begun_with(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
@@ -150,29 +149,28 @@ def _begun_with(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
 class _Run:
     """One call of `train` or `resume`, its methods in the order in which they run."""
 
-    def __init__(self, config: TrainConfig, reporter: Reporter, started: float | None) -> None:
-        self.config, self.reporter = config, reporter
+    def __init__(
+        self,
+        config: TrainConfig,
+        reporter: Reporter,
+        started: float | None,
+        resumed: tuple[RunFolder, dict[str, Any]] | None = None,
+    ) -> None:
+        self.config, self.reporter, self.resumed = config, reporter, resumed
         self.clocks = Clocks() if started is None else Clocks(started=started)
 
-    def execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
+    def execute(self) -> TrainResult:
         if self.config.tensorboard:
             summary_writer()  # fails at once when it is not installed
         with Session(
-            self.config,
-            self.reporter,
-            precision=lambda device: self._choose_precision(device, resumed),
-            resumed=resumed is not None,
+            self.config, self.reporter, precision=self._choose_precision, resumed=self.resumed is not None
         ) as self.session:
-            return self._execute(resumed)
+            return self._execute()
 
-    def _execute(self, resumed: tuple[RunFolder, dict[str, Any]] | None) -> TrainResult:
-        session = self.session
-        self.config, self.files, self.loaders, self.trainer = (
-            session.config,
-            session.files,
-            session.loaders,
-            session.trainer,
-        )
+    def _execute(self) -> TrainResult:
+        session, resumed = self.session, self.resumed
+        self.config, self.files = session.config, session.files
+        self.loaders, self.trainer = session.loaders, session.trainer
         self._compare_with_tuning()
         self.card = self._make_card()
         self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
@@ -197,8 +195,9 @@ class _Run:
         finally:
             self.folder.release()
 
-    def _choose_precision(self, device: torch.device, resumed: tuple[RunFolder, dict[str, Any]] | None) -> Precision:
+    def _choose_precision(self, device: torch.device) -> Precision:
         """A resumed run keeps its precision, whatever "auto" would choose on this device."""
+        resumed = self.resumed
         amp = None if resumed is None else resumed[1]["amp"]
         if resumed is None or (amp is None and self.config.amp != "auto"):
             return choose_precision(self.config.amp, device)

@@ -19,6 +19,7 @@ from fastmnist.loader.augment import Augmentation, warp_on_device
 from fastmnist.loader.device import on_device
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.normalise import Normaliser
+from fastmnist.system.machine import synchronize
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
 from fastmnist.training.optimizer import DEFAULT_RATES, MixedPrecisionOptimizer, one_cycle
 from fastmnist.training.precision import Precision
@@ -66,8 +67,8 @@ class Trainer:
         self.steps = max(1, round(len(loader) * config.epochs))
         self.chunk = _batches_together(loader)
         self.normalise = Normaliser(*loader.file.moments, self.device)
-        moved_here = config.augment and loader.dtype == torch.uint8
-        self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if moved_here else None
+        augmented_here = config.augment and loader.dtype == torch.uint8
+        self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if augmented_here else None
         self.optimizer = MixedPrecisionOptimizer(model, config, precision, self.device)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
@@ -82,7 +83,7 @@ class Trainer:
         self._losses = torch.zeros(len(loader), device=self.device)
         self._right = torch.zeros(len(loader), device=self.device)
         self._loaded: tuple[torch.Tensor, torch.Tensor, int]  # images, labels, place of the first batch
-        self._moves: tuple[int, torch.Tensor | None] | None = None  # an epoch's transforms
+        self._drawn: tuple[int, torch.Tensor | None] | None = None  # epoch and its transforms
 
     def prepare(self, images: torch.Tensor, transforms: torch.Tensor | None) -> torch.Tensor:
         """Augments and normalises images (n, C, H, W) uint8 after transforms (n, 2, 3) or None, for `compute`.
@@ -94,7 +95,7 @@ class Trainer:
             if transforms is not None:
                 images = warp_on_device(images, transforms)
             images = self.normalise(images)
-        # A map of one channel is laid out both ways: a copy says which one is meant.
+        # One channel fits both layouts: a copy fixes the strides.
         return images.to(self.precision.amp or torch.float32).clone(memory_format=self.layout)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,18 +118,18 @@ class Trainer:
         return loss.detach(), right
 
     def transforms(self, epoch: int) -> torch.Tensor | None:
-        """(samples of the file, 2, 3) on the device; None without augmentation."""
+        """Augmentation of that epoch, (samples of the file, 2, 3) on the device; None without augmentation."""
         loader, augmentation = self.loader, self.augmentation
         if augmentation is None:
             return None
         draws = augmentation.draw(len(loader.file), loader.seed, epoch)
         return on_device(augmentation.matrices(draws, loader.file.image_shape[:2]), self.device)
 
-    def _transforms(self, epoch: int) -> torch.Tensor | None:
-        """The same; made once when it is asked for again."""
-        if self._moves is None or self._moves[0] != epoch:
-            self._moves = epoch, self.transforms(epoch)
-        return self._moves[1]
+    def _cached_transforms(self, epoch: int) -> torch.Tensor | None:
+        """`transforms`, computed once per epoch."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self.transforms(epoch)
+        return self._drawn[1]
 
     def load(self, images: torch.Tensor, labels: torch.Tensor, transforms: torch.Tensor | None, at: int) -> None:
         """Prepares the batches of the next steps, the first of which is number `at` of its epoch.
@@ -171,10 +172,10 @@ class Trainer:
     def _example(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The first batches that are prepared together, and the transforms of their images."""
         state = self.loader.state_dict()
-        self.loader.set_epoch(0)  # as many as there ever are
+        self.loader.set_epoch(0)  # from its start: chunks of full length
         images, labels, rows = next(iter(self.loader.chunks(self.chunk)))
         self.loader.load_state_dict(state)
-        transforms = self._transforms(0)
+        transforms = self._cached_transforms(0)
         return images, labels, None if transforms is None else transforms.index_select(0, rows)
 
     def load_example(self) -> None:
@@ -206,7 +207,7 @@ class Trainer:
 
     @fastest_convolutions
     def record_graph(self, record: Callable[[Body, Body], Body] = cuda_graph) -> None:
-        """From now on a step is one CUDA graph. Raises RuntimeError as StepGraph."""
+        """Makes every further step one CUDA graph. Raises RuntimeError as StepGraph."""
         images, labels, transforms = self._example()
         with self._rehearsal([*self.optimizer.tensors(), *self.model.buffers(), self._losses, self._right]):
             self.graph = StepGraph(
@@ -225,7 +226,7 @@ class Trainer:
         """Starts over with the weights of `model` and the order of `loader`; what was compiled or recorded stays."""
         self.model.load_state_dict(model.state_dict())
         self.optimizer.reset()
-        self.loader, self._moves = loader, None
+        self.loader, self._drawn = loader, None
         self.step, self.seconds = 0, 0.0
         self._losses.zero_()
         self._right.zero_()
@@ -240,13 +241,13 @@ class Trainer:
             else:
                 return (
                     f"--batch-size {len(labels)} does not fit into the memory of {self.device}; "
-                    f"{size} does: say --batch-size {size}"
+                    f"{size} does: use --batch-size {size}"
                 )
         return f"no batch fits into the memory of {self.device}; free it, or take a smaller --model or --stem"
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Waits until the device has finished its queue."""
+        synchronize(self.device)
 
     @fastest_convolutions
     def run_epoch(
@@ -273,7 +274,7 @@ class Trainer:
             FastmnistError: the loss is no longer finite.
         """
         epoch, first = divmod(self.step, len(self.loader))
-        self.loader.seek(epoch, first)  # an epoch that was left early goes on
+        self.loader.seek(epoch, first)  # resumes an epoch that ended early
         batches = self.batches_of(epoch)
         self.model.train()
         self.synchronize()
@@ -306,7 +307,7 @@ class Trainer:
                 self.seconds = before + time.perf_counter() - begun
                 return None
         if self.step < self.steps:
-            self._transforms(epoch + 1)  # while the GPU works
+            self._cached_transforms(epoch + 1)  # while the GPU works
         readbacks.finish()
         self.synchronize()
         self.seconds = before + time.perf_counter() - begun
@@ -314,10 +315,10 @@ class Trainer:
 
     def _train(self, epoch: int, first: int) -> Iterator[int]:
         """Trains on the batches of an epoch from number `first` on; yields after each how many are done."""
-        batches, size, transforms = self.batches_of(epoch), self.loader.batch_size, self._transforms(epoch)
+        batches, size, transforms = self.batches_of(epoch), self.loader.batch_size, self._cached_transforms(epoch)
         for images, labels, rows in self.loader.chunks(self.chunk):
-            moves = None if transforms is None else transforms.index_select(0, rows)
-            self.load(images, labels, moves, first)
+            chosen = None if transforms is None else transforms.index_select(0, rows)
+            self.load(images, labels, chosen, first)
             end = min(first + len(labels) // size, batches)
             for at in range(first, end):
                 self.train_step(at)
