@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import gzip
 import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -221,6 +222,25 @@ def write_small_beton(random_samples: Callable[..., Samples]) -> Callable[..., S
         return images, labels
 
     return write
+
+
+@pytest.fixture
+def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """(n) -> None: Ctrl-C during the n-th training step from now on, once."""
+
+    def arm(number: int) -> None:
+        from fastmnist.training.loop import Trainer
+
+        inner, count = Trainer.train_step, itertools.count(1)
+
+        def train_step(self: Any, *arguments: Any) -> None:
+            inner(self, *arguments)
+            if next(count) == number:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+
+    return arm
 
 
 @pytest.fixture(scope="session")

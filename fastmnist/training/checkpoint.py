@@ -133,10 +133,10 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, copied, ready)
 
     def _write(self, state: dict[str, Any], ready: torch.cuda.Event | None) -> None:
-        aside = None if ready is None else torch.cuda.Stream()
-        if aside is not None and ready is not None:
-            aside.wait_event(ready)
-        with torch.cuda.stream(aside):
+        stream = None if ready is None else torch.cuda.Stream()
+        if stream is not None and ready is not None:
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
             self._save(state)
 
     def wait(self) -> None:

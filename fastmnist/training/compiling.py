@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastmnist.errors import FastmnistError
-from fastmnist.training.graph import aside
+from fastmnist.training.graph import side_stream
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import choose_compile, worth_compiling
 
@@ -66,7 +66,7 @@ def _set_up(trainer: Trainer, mode: str) -> None:
     if mode == "off" or trainer.device.type != "cuda":
         trainer.warm_up()
         return
-    with aside(trainer.device):
+    with side_stream(trainer.device):
         trainer.warm_up()
         trainer.record_graph()
 

@@ -17,7 +17,7 @@ Update = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 
 
 @contextmanager
-def aside(device: torch.device) -> Iterator[None]:
+def side_stream(device: torch.device) -> Iterator[None]:
     """On a GPU, runs the block on a stream of its own, in order with the work before and after it.
 
     What is recorded must not have run on the default stream first: autograd remembers on which stream it met a weight.
@@ -35,7 +35,7 @@ def aside(device: torch.device) -> Iterator[None]:
 def cuda_graph(body: Body, reset: Body) -> Body:
     """Records the launches of `body`; the returned function replays all of them at once.
 
-    Call it on a stream of its own (`aside`), as torch.cuda.graph requires.
+    Call it on a stream of its own (`side_stream`), as torch.cuda.graph requires.
 
     Args:
         reset: called before each warm-up run of `body`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from fastmnist.report.speedrun_chart import plot_speedrun
 from fastmnist.runs.speedrun import Speedrun, speedrun, spread
 from fastmnist.runs.train import train
 from fastmnist.training import session
-from fastmnist.training.loop import Trainer
 
 SMALL = {"dataset": "digits", "model": "small-cnn", "epochs": 2.5, "batch_size": 64, "val_size": 0, "quiet": True}
 
@@ -113,25 +112,14 @@ def test_enough_ends_it_between_two_seeds() -> None:
     )
 
 
-def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, total: int) -> None:
-    inner, count = Trainer.train_step, iter(range(1, 10**6))
-
-    def train_step(self: Trainer, *arguments) -> None:
-        inner(self, *arguments)
-        if next(count) == total:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
-def test_ctrl_c_keeps_the_seeds_that_were_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    press_ctrl_c_at(monkeypatch, 100)
+def test_ctrl_c_keeps_the_seeds_that_were_finished(press_ctrl_c_at: Callable[[int], None]) -> None:
+    press_ctrl_c_at(100)
     result = speedrun(TrainConfig(**SMALL), 5)
     assert (len(result.runs), result.interrupted, result.curve) == (1, True, [])
 
 
-def test_ctrl_c_before_the_first_seed_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    press_ctrl_c_at(monkeypatch, 10)
+def test_ctrl_c_before_the_first_seed_is_finished(press_ctrl_c_at: Callable[[int], None]) -> None:
+    press_ctrl_c_at(10)
     with pytest.raises(KeyboardInterrupt):
         speedrun(TrainConfig(**SMALL), 2)
 

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,19 +83,6 @@ def same_weights(a: Path | str, b: Path | str) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Presses Ctrl-C once, during that step."""
-    inner, pressed = Trainer.train_step, []
-
-    def train_step(self: Trainer, *arguments) -> None:
-        inner(self, *arguments)
-        if self.step == step and not pressed:
-            pressed.append(step)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
 def test_a_run_leaves_what_the_design_names(settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(TrainConfig(**settings | {"epochs": 6, "batch_size": 32}))
     folder = result.folder
@@ -162,10 +150,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 # In the first epoch, at a log line, at the end of an epoch, in the last step.
 @pytest.mark.parametrize("step", [1, 7, 20, 33, 40])
 def test_ctrl_c_and_resume_end_at_the_same_bits(
-    settings: dict, whole: TrainResult, monkeypatch: pytest.MonkeyPatch, step: int
+    settings: dict, whole: TrainResult, press_ctrl_c_at: Callable[[int], None], step: int
 ) -> None:
     assert whole.summary["steps"] == 40
-    press_ctrl_c_at(monkeypatch, step)
+    press_ctrl_c_at(step)
     stopped = train(TrainConfig(**settings))
     assert stopped.interrupted
     assert stopped.summary["steps"] == step
@@ -189,9 +177,9 @@ def test_ctrl_c_and_resume_end_at_the_same_bits(
 
 
 def test_the_command_exits_with_130_after_ctrl_c(
-    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: dict, press_ctrl_c_at: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    press_ctrl_c_at(monkeypatch, 8)
+    press_ctrl_c_at(8)
     out = settings["out"]
     flags = ["--dataset", "digits", "--model", "small-cnn", "--epochs", "1", "--out", out]
     before = signal.getsignal(signal.SIGINT)
@@ -216,11 +204,10 @@ def test_a_second_ctrl_c_breaks_off(settings: dict, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def stopped(settings: dict, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(settings: dict, press_ctrl_c_at: Callable[[int], None]) -> Path:
     """The folder of a run that was stopped after eight steps."""
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at(patch, 8)
-        return train(TrainConfig(**settings)).folder
+    press_ctrl_c_at(8)
+    return train(TrainConfig(**settings)).folder
 
 
 def test_resume_refuses_a_changed_setting(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from fastmnist.config import TrainConfig
 from fastmnist.loader.loader import Loader
 from fastmnist.training.compiling import set_up_compile
-from fastmnist.training.graph import Body, aside
+from fastmnist.training.graph import Body, side_stream
 from fastmnist.training.loop import Trainer
 from fastmnist.training.precision import Precision
 
@@ -72,7 +72,7 @@ class Begin:
 
 def record(each: Trainer) -> None:
     if each.device.type == "cuda":
-        with aside(each.device):
+        with side_stream(each.device):
             each.record_graph()
     else:
         each.record_graph(stand_in)
