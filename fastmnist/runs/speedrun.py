@@ -135,6 +135,11 @@ def speedrun(
     compilation (once for all seeds), data and evaluation have clocks of their own. Weights, optimizer state, order and
     augmentation of a seed are those of `train` with that seed.
 
+    >>> config = TrainConfig(dataset="digits", model="small-cnn", epochs=0.5, cache_dir="cache")
+    >>> found = speedrun(config, seeds=2, curve=False)
+    >>> [run["seed"] for run in found.runs], found.setup["steps"]
+    ([0, 1], 6)
+
     Args:
         config: settings of the run; nothing is held out for validation unless val_size says so.
         preset, command: names for the result.

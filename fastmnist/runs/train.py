@@ -69,6 +69,13 @@ class TrainResult:
 def train(config: TrainConfig, *, reporter: Reporter | None = None, started: float | None = None) -> TrainResult:
     """Prepares the data where needed, trains, evaluates on the test set once, draws, and writes the run's folder.
 
+    >>> config = TrainConfig(dataset="digits", model="small-cnn", epochs=1, out="run", cache_dir="cache", quiet=True)
+    >>> result = train(config)  # doctest: +ELLIPSIS
+    Test accuracy ... on digits ...
+    run/report.html shows the run.
+    >>> result.folder.name, result.summary["train_images"], result.summary["val_images"], result.summary["test_images"]
+    ('run', 1294, 143, 360)
+
     Args:
         config: all settings.
         reporter: shows progress; by default on standard output.
