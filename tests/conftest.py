@@ -1,7 +1,7 @@
-"""What the tests share: isolation from the user's files, optional parts that are skipped or required, small data.
+"""Shared fixtures: isolation from the user's files, optional parts that are skipped or required, small data.
 
 FASTMNIST_DATA names the folder with the real MNIST IDX files. FASTMNIST_REQUIRE is a comma-separated list of optional
-parts ("mnist", "ffcv", "gpu", "peers", "browser"): a test that needs one of them then fails where it would be skipped.
+parts ("mnist", "ffcv", "gpu", "peers", "browser"): a test that needs one of them then fails instead of being skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FFCV_MISSING = (
 hypothesis.settings.register_profile("fastmnist", deadline=None, max_examples=40, derandomize=True, database=None)
 hypothesis.settings.load_profile("fastmnist")
 
-# Under pytest-xdist (-n 2) each worker, and what it starts, has its share of the cores and machine code of its own.
+# Under pytest-xdist (-n 2) each worker and its processes have their share of the cores and a numba cache of their own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
@@ -54,18 +54,18 @@ def skip_or_fail(part: str, reason: str) -> None:
 
 
 def ffcv_error() -> Exception | None:
-    """Why ffcv cannot be imported; None when it can."""
+    """The error of importing ffcv; None if it can be imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             importlib.import_module("ffcv")
-        except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+        except (ImportError, OSError) as error:  # OSError: a shared library is missing
             return error
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first: on several cores what takes seconds then fills the gaps."""
+    """Starts the slow tests first, so that the fast ones fill the gaps on several cores."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
@@ -98,7 +98,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def npm() -> str:
-    """Fetches what runs models in a browser."""
+    """npm, which fetches the runtime for models in a browser."""
     found = shutil.which("npm")
     if found is None:
         skip_or_fail("browser", "npm is not here: apt-get install npm")
@@ -107,7 +107,7 @@ def npm() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the user's cache, nor takes data from the user's folder by accident."""
+    """Keeps tests away from the user's cache and data folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("FASTMNIST_DATA", raising=False)
@@ -116,7 +116,7 @@ def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_arrives() -> Iterator[None]:
-    """A shell makes what it runs in the background ignore SIGINT, and so would the programs that tests interrupt."""
+    """Undoes a shell's ignoring of SIGINT for background jobs, which programs under test would inherit."""
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -124,11 +124,11 @@ def ctrl_c_arrives() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def what_ffcv_compiled_is_collected(request: pytest.FixtureRequest) -> Iterator[None]:
-    """It is in reference cycles, on whose end numba's finalizer may stumble: not in another test."""
+def ffcv_code_is_collected(request: pytest.FixtureRequest) -> Iterator[None]:
+    """FFCV's compiled code is in reference cycles, and numba's finalizer may warn: in this test, not in a later one."""
     yield
     if request.node.get_closest_marker("ffcv"):
-        for _ in range(3):  # what a finalizer held ends with the next
+        for _ in range(3):  # a finalizer frees further cycles
             gc.collect()
 
 
@@ -142,7 +142,7 @@ def mnist_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes a new, empty folder at each call; unlike tmp_path it serves the many examples of one hypothesis test."""
+    """Makes a new, empty folder at each call, also for each example of a hypothesis test."""
     base = tmp_path_factory.mktemp("scratch")
     return lambda: Path(tempfile.mkdtemp(dir=base))
 
@@ -180,7 +180,7 @@ def write_dataset(
 ) -> Callable[..., dict[str, Samples]]:
     """(folder, name, train, test, suffix, seed) -> {split: (images, labels)}: the IDX files of a small dataset.
 
-    Images and labels are returned as they stand in the files.
+    Images and labels are returned as in the files.
     """
 
     def write(
@@ -205,7 +205,7 @@ def write_dataset(
 
 @pytest.fixture(scope="session")
 def write_small_beton(random_samples: Callable[..., Samples]) -> Callable[..., Samples]:
-    """(path, count, shape, classes, seed, options of write_beton) -> (images, labels) that were written."""
+    """(path, count, shape, classes, seed, options of write_beton) -> (images, labels), as written."""
 
     def write(
         path: Path,
@@ -245,7 +245,7 @@ def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture(scope="session")
 def in_a_new_process() -> Callable[..., str]:
-    """(script, arguments) -> what the script printed; it finds the arguments in sys.argv and must exit with 0."""
+    """(script, arguments) -> the output of the script, which gets the arguments in sys.argv and must exit with 0."""
 
     def run(script: str, *arguments: object) -> str:
         command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
@@ -257,7 +257,7 @@ def in_a_new_process() -> Callable[..., str]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Skipped tests name their reason by themselves (-ra); those that a mark leaves out do not."""
+    """Counts the slow tests that were deselected, which -ra does not report."""
     left_out = terminalreporter.stats.get("deselected", [])
     slow = sum(item.get_closest_marker("slow") is not None for item in left_out)
     if slow:

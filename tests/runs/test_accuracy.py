@@ -1,4 +1,4 @@
-"""What the main job promises, on real data; minutes on a CPU."""
+"""Accuracy of whole runs, minutes each on a CPU."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from fastmnist.runs.train import train
 pytestmark = pytest.mark.slow
 
 
-def test_the_preset_for_a_cpu_reaches_what_it_says(mnist_folder: Path, tmp_path: Path) -> None:
-    """99.07 % ± 0.07: one seed of this order is as good as some."""
+def test_the_cpu_preset_reaches_its_accuracy(mnist_folder: Path, tmp_path: Path) -> None:
+    """99.07 % ± 0.07 over seeds, so one seed is enough."""
     where = {"dataset": "mnist", "data_dir": str(mnist_folder), "out": str(tmp_path / "run")}
     assert train(preset_config("cpu", **where, val_size=0, quiet=True)).summary["test_accuracy"] >= 0.988
 
 
 def test_digits_reach_97_percent_without_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with no network: the download fails, the embedded digits take over, and the summary says so."""
+    """Without a network the embedded digits take over, and the summary says so."""
     import torchvision.datasets
 
     def offline(*arguments: object, **options: object) -> None:

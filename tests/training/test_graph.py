@@ -1,4 +1,4 @@
-"""A recorded step trains as a plain one does: by a stand-in on a CPU, which runs what it recorded, and on a GPU."""
+"""A recorded step trains as a plain one: on a CPU with a stand-in that replays by running, and on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 16  # images of a batch; 6 batches an epoch
 
 
 def stand_in(body: Body, reset: Body) -> Body:
-    """Recording runs, as it does for what is not launched on the GPU; so does each replay."""
+    """Runs the body to record it, and again at each replay."""
     for _ in range(3):
         reset()
         body()
@@ -43,7 +43,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory, write_small_beton: Callable[
 
 
 class Begin:
-    """Makes trainers whose batches are prepared `chunk` at a time, recorded or not."""
+    """Makes trainers that prepare `chunk` batches at a time, recorded or not."""
 
     def __init__(self, path: Path, device: str, chunk: int) -> None:
         self.path, self.device, self.chunk = path, device, chunk
@@ -140,7 +140,7 @@ def test_the_same_weights_and_records(begin: Begin, dtype: torch.dtype | None, o
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("at", [1, 4, 6, 9])
 def test_stopped_and_gone_on_with(begin: Begin, dtype: torch.dtype | None, at: int) -> None:
-    """In the middle of what was prepared, with a recording of its own, which is made before and after it is loaded."""
+    """Within a prepared chunk; the recording is made before or after the state is loaded."""
     whole, stopped = begin(True, dtype), begin(True, dtype)
     finish(whole)
     while stopped.step < at:

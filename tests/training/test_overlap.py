@@ -1,4 +1,4 @@
-"""Convolutions whose weights get their gradients on another stream, against torch's own."""
+"""Convolutions with weight gradients on a second stream, against torch's own."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a recorded step is made of: how many operators, and none that would wait for the device."""
+"""Operator budget of a recorded step, and no operator that waits for the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastmnist.training.overlap import overlap
 from fastmnist.training.precision import Precision
 from fastmnist.training.session import Session
 
-# Operators of a step as a GPU runs it without torch.compile, each one kernel or a little more; 320 and more before.
+# Operators of a step as a GPU runs it without torch.compile, each about one kernel.
 BUDGETS = {"fast99": 237, "fast995": 237, "cpu": 237, "accurate": 225}
 FREE = {
     "view",
@@ -50,7 +50,7 @@ FREE = {
 
 
 class Operators(TorchDispatchMode):
-    """Counts what is dispatched, by name, and keeps what has a result or a shape that the host must know."""
+    """Counts dispatched operators by name, and collects those whose result or shape the host must know."""
 
     def __init__(self) -> None:
         super().__init__()
