@@ -22,6 +22,7 @@ from fastmnist.beton.reader import Beton
 from fastmnist.loader.augment import Augmentation, warp_on_device
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
+from fastmnist.system.machine import synchronize
 from fastmnist.training.evaluate import EVALUATION_BATCH, evaluate_model
 from fastmnist.training.model import resnet18
 
@@ -152,11 +153,6 @@ def _on_device(file: Beton, device: torch.device) -> tuple[torch.Tensor, torch.T
     with Loader(file, len(file), shuffle=False, device=device, rank=0, world_size=1) as loader:
         images, labels = next(iter(loader))
     return images.contiguous(), labels
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _epochs(

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmnist.cli.parser import write_json
 from fastmnist.config import Amp, Compile, Stem, TrainConfig
 from fastmnist.system.environment import origin
-from fastmnist.system.machine import choose_device
+from fastmnist.system.machine import choose_device, synchronize
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import in_turns, ratios, row, summarise
 from fastmnist.training.loop import Trainer
@@ -46,11 +46,6 @@ def matrix_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> fl
         torch.mm(a, b)
     synchronize(device)
     return 2 * size**3 * repeats / (time.perf_counter() - begun)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flops(config: TrainConfig) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
+from fastmnist.measure.step import fixed_batch_seconds
 from fastmnist.training.evaluate import EVALUATION_BATCH, evaluate_model
 from fastmnist.training.model import build_model
 
@@ -25,18 +24,10 @@ def test_evaluation(model_name, data, device, measure):
     with Loader(data.test_path, EVALUATION_BATCH, device=device, shuffle=False) as loader:
         fixed = Normaliser(*data.moments, device)(next(iter(loader))[0])
 
-        def now() -> float:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter()
-
         @torch.inference_mode()
         def forward(images: int) -> float:
             model.eval()
-            begun = now()
-            for _ in range(LIMIT_BATCHES):
-                model(fixed)
-            return (now() - begun) * images / (LIMIT_BATCHES * len(fixed))
+            return fixed_batch_seconds(model, fixed, LIMIT_BATCHES, device) * images / len(fixed)
 
         measure(
             lambda: evaluate_model(model, loader, *data.moments),

@@ -1,13 +1,13 @@
-"""What the Loader moves to a GPU in "stream", an epoch without a model, against copies from one pinned buffer."""
+"""An epoch streamed to a GPU, without a model, against copies of one pinned batch."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 import torch
 
 from fastmnist.loader.loader import Loader
+from fastmnist.measure.step import fixed_batch_seconds
+from fastmnist.system.machine import synchronize
 
 
 @pytest.mark.gpu
@@ -19,21 +19,19 @@ def test_stream(batch_size, data, device, measure):
         pinned = torch.empty((batch_size, loader.file.image_size), dtype=torch.uint8, pin_memory=device.type == "cuda")
         target = torch.empty_like(pinned, device=device)
 
-        def synchronised() -> float:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter()
+        def copy(batch: torch.Tensor) -> None:
+            target.copy_(batch, non_blocking=True)
 
-        def copies(number: int) -> float:
-            begun = synchronised()
-            for _ in range(number // batch_size):
-                target.copy_(pinned, non_blocking=True)
-            return synchronised() - begun
+        def copies(images: int) -> float:
+            count = images // batch_size
+            return count * fixed_batch_seconds(
+                lambda batch: target.copy_(batch, non_blocking=True), pinned, count, device
+            )
 
         def stream() -> None:
             for _ in loader:
                 pass
-            synchronised()
+            synchronize(device)
 
         settings = {"batch_size": batch_size, "placement": "stream"}
         measure(stream, images=images, limit=copies, warm_up=2, settings=settings)
