@@ -100,6 +100,14 @@ def test_the_first_cell_replaces_nothing_that_is_too_old(tmp_path: Path, monkeyp
     assert not (tmp_path / "report.json").exists()
 
 
+# What takes minutes otherwise; the final runs see a part of what the preset trains with.
+SHORT = {"LADDER_IMAGES": "256", "BUDGET": "2", "STEPS": "4"}
+
+
+def first_setting(images_seen: int) -> str:
+    return f'{{"images_seen": {images_seen}, "dataset":'
+
+
 def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
     """What it printed, and the rendered page, after settings at the beginning of a line were given other values."""
     import nbformat
@@ -130,7 +138,8 @@ def run(tmp_path: Path, **settings: str) -> tuple[str, Path]:
 def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
     missing = importlib.util.find_spec("fastmnist") is None
     repository = f'"file://{ROOT}"'  # where fastmnist is missing, the first cell installs it from here
-    printed, page = run(tmp_path, DATASET='"digits"', LADDER_IMAGES="512", BUDGET="2", STEPS="4", REPOSITORY=repository)
+    settings = {"DATASET": '"digits"', "SETTINGS": first_setting(12_000), "REPOSITORY": repository}
+    printed, page = run(tmp_path, **SHORT, **settings)
     installed = re.findall(r"^installed: (.+)", printed, re.M)
     assert len(installed) == missing
     assert not {package.split("==")[0] for line in installed for package in line.split(", ")} & COLAB.keys()
@@ -155,9 +164,9 @@ def test_it_runs_on_the_embedded_digits(tmp_path: Path, browser) -> None:
 def test_it_runs_on_mnist(
     mnist_folder: Path, write_idx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All training images are there, and few of the test images: they are evaluated a dozen times."""
     from fastmnist.sources.idx import IdxFile  # not above: the notebook is tried where fastmnist is missing too
 
-    """On all training images, and a tenth of the test images: it looks at those a dozen times."""
     data = tmp_path / "data"
     data.mkdir()
     for file in mnist_folder.glob("*-ubyte*"):
@@ -165,10 +174,10 @@ def test_it_runs_on_mnist(
             (data / file.name).symlink_to(file)
         else:
             dimensions = int(file.name[file.name.index("idx") + 3])
-            write_idx(data / file.name, IdxFile(file, ndim=dimensions).read()[:1000])
+            write_idx(data / file.name, IdxFile(file, ndim=dimensions).read()[:500])
     monkeypatch.setenv("FASTMNIST_DATA", str(data))
-    printed, _ = run(tmp_path, LADDER_IMAGES="512", BUDGET="2", STEPS="4")
-    assert "mnist: 60,000 training and 1,000 test images" in printed
+    printed, _ = run(tmp_path, **SHORT, SETTINGS=first_setting(20_000))
+    assert "mnist: 60,000 training and 500 test images" in printed
     accuracy = re.search(r"^test_accuracy +([\d.]+)", printed, re.M)
     assert accuracy is not None
-    assert float(accuracy[1]) > 0.97
+    assert float(accuracy[1]) > 0.95
