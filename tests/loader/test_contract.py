@@ -8,6 +8,8 @@ import itertools
 import json
 import multiprocessing
 import pickle
+import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -20,13 +22,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastmnist.baselines.loaders import LOADERS
-from fastmnist.loader import host
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.host import LEAST_KEPT
 from fastmnist.loader.loader import DTYPES
 from fastmnist.loader.order import epoch_order, quasi_random_order
 from tests.loader.batches import assert_epoch, assert_same_batches, copied, joined
 
+pytestmark = pytest.mark.usefixtures("work_is_shared_among_threads")
 COUNT, SHAPE = 103, (6, 5)
 BATCHES = 11  # of 10 samples, in an epoch
 MOVES = Augmentation(1.0, 20.0, 0.1)
@@ -52,14 +54,6 @@ CASES = {
 every_loader = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=FFCV_MARKS if name == "ffcv" else []) for case, (name, _) in CASES.items()]
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def work_is_shared_among_threads():
-    """Otherwise one thread gathers batches this small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "CALL_BYTES", 300)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -246,10 +240,12 @@ def test_a_held_batch_never_changes(open_loader, case):
 
 
 @every_loader
-def test_global_random_state_and_thread_counts_are_left_alone(open_loader, case):
+def test_global_random_state_signal_handlers_and_thread_counts_are_left_alone(open_loader, case):
     def state():
         _, keys, position, *_ = np.random.get_state()
-        return torch.get_rng_state().tolist(), keys.tolist(), position, torch.get_num_threads(), numba.get_num_threads()
+        generators = torch.get_rng_state().tolist(), keys.tolist(), position, random.getstate()
+        handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+        return generators, handlers, torch.get_num_threads(), numba.get_num_threads()
 
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
