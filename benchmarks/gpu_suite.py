@@ -40,8 +40,8 @@ from recipes import notebook_recipe, small_cnn_recipe
 from step import matrix_peak, step_rows, step_seconds
 
 from fastmnist.beton.reader import Beton
-from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
+from fastmnist.files import write_json
 from fastmnist.measure.bench import QUICK, Plan, choose_contenders
 from fastmnist.measure.bench import bench as compare_loaders
 from fastmnist.measure.contenders import OURS

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 from fastmnist.beton.reader import Beton
 from fastmnist.cli import main as cli
-from fastmnist.cli.parser import write_json
+from fastmnist.files import write_json
 from fastmnist.sources.datasets import DATASETS
 from fastmnist.system.environment import origin
 from fastmnist.training import checkpoint

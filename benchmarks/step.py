@@ -24,8 +24,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmnist.cli.parser import write_json
 from fastmnist.config import Amp, Compile, Stem, TrainConfig
+from fastmnist.files import write_json
 from fastmnist.system.environment import origin
 from fastmnist.system.machine import choose_device, synchronize
 from fastmnist.system.progress import Reporter

@@ -17,7 +17,7 @@ from typing import Any
 from recipes import notebook_recipe, plain_recipe
 
 from fastmnist.beton.reader import Beton
-from fastmnist.cli.parser import write_json
+from fastmnist.files import write_json
 from fastmnist.prepare.prepare import prepare
 from fastmnist.presets import preset_config
 from fastmnist.runs.speedrun import speedrun

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastmnist.errors import FastmnistError
 
@@ -44,6 +45,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file atomically; raises FastmnistError as `replacing` does."""
     with replacing(path) as file:
         file.write(content)
+
+
+def write_json(path: str | Path | None, content: Any) -> None:
+    """Writes `content` as indented JSON; without a path, nothing."""
+    if path is not None:
+        write_bytes(Path(path), (json.dumps(content, indent=2) + "\n").encode())
 
 
 def remove_orphans(folder: Path, name: str | None = None) -> None:

@@ -27,9 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
-from fastmnist.files import write_bytes
+from fastmnist.files import write_bytes, write_json
 from fastmnist.presets import preset_config
 from fastmnist.system.environment import describe_hardware, origin
 from fastmnist.system.progress import Reporter

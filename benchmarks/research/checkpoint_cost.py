@@ -13,8 +13,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
+from fastmnist.files import write_json
 from fastmnist.system.environment import origin
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import row

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fastmnist.cli.parser import write_json
+from fastmnist.files import write_json
 from fastmnist.system.environment import origin
 from fastmnist.system.statistics import ratios, row
 

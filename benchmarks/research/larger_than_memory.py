@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastmnist.cli.parser import write_json
+from fastmnist.files import write_json
 from fastmnist.system.environment import origin
 from fastmnist.system.statistics import ratios, row
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
+from fastmnist.files import write_json
 from fastmnist.loader.loader import Loader
 from fastmnist.prepare.prepare import prepare
 from fastmnist.runs.train import train

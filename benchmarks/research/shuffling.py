@@ -24,7 +24,7 @@ import torch
 from scipy import stats
 
 from fastmnist.beton.writer import PAGE_SIZE
-from fastmnist.cli.parser import write_json
+from fastmnist.files import write_json
 from fastmnist.loader.order import WINDOW_PAGES, epoch_order, quasi_random_order
 from fastmnist.system.environment import origin
 

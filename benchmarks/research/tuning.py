@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastmnist.baselines.workers import worker_settings
-from fastmnist.cli.parser import write_json
 from fastmnist.config import TrainConfig
+from fastmnist.files import write_json
 from fastmnist.measure.halving import Candidate, OpenLoader, Settings, combinations
 from fastmnist.measure.step import training_setup
 from fastmnist.measure.tune import Tuning, make_loader, simplest, space_of, tune, tune_loader

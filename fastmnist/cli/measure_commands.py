@@ -15,8 +15,8 @@ from fastmnist.cli.parser import (
     new_folder,
     new_parser,
     without_folders,
-    write_json,
 )
+from fastmnist.files import write_json
 
 # ruff: noqa: UP006, UP035, UP045  # jsonargparse reads these types on Python 3.10 too
 
@@ -44,7 +44,7 @@ def bench_command(options: Any) -> int:
 
     reporter = Reporter()
     contenders = choose_contenders(options.only, options.quick)
-    data, note = bench_file(options.dataset, options.data_dir, progress=reporter.compiling)
+    data, note = bench_file(options.dataset, options.data_dir, progress=reporter.writing)
     if note:
         reporter.say(note)
     with new_folder(options.out, "bench") as folder:

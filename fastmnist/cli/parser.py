@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import textwrap
@@ -134,10 +133,3 @@ def new_folder(out: str | None, what: str) -> Iterator[Path]:
         raise
     finally:
         folder.release()
-
-
-def write_json(path: str | Path | None, content: Any) -> None:
-    if path is not None:
-        from fastmnist.files import write_bytes
-
-        write_bytes(Path(path), (json.dumps(content, indent=2) + "\n").encode())

@@ -13,8 +13,8 @@ from fastmnist.cli.parser import (
     configure,
     given_settings,
     new_parser,
-    write_json,
 )
+from fastmnist.files import write_json
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
 
@@ -44,7 +44,7 @@ def compile_command(options: Any) -> int:
         options.dataset,
         options.data_dir,
         options.output,
-        progress=reporter.compiling,
+        progress=reporter.writing,
         expand=options.expand,
         seed=options.seed,
     )

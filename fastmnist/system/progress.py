@@ -36,7 +36,7 @@ class Reporter:
     def result(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def compiling(self, path: Path, done: int, total: int) -> None:
+    def writing(self, path: Path, done: int, total: int) -> None:
         """Progress of writing a file, from the first second on."""
         now = time.monotonic()
         begun = self._begun.setdefault(path, now)

@@ -188,7 +188,7 @@ class Session:
     @staticmethod
     def _open(config: TrainConfig, reporter: Reporter) -> tuple[RunFiles, TrainConfig]:
         """Writes the files that are missing, opens both, and fills in every setting that depends on them."""
-        prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=reporter.compiling)
+        prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=reporter.writing)
         train, test = Beton(prepared.train, config.verify), Beton(prepared.test, config.verify)
         if train.image_shape != test.image_shape or max(test.labels) >= len(train.class_names):
             raise DataError(

@@ -273,7 +273,7 @@ def test_ctrl_c_ends_the_command_and_the_next_one_removes_what_earlier_versions_
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastmnist.system.progress.Reporter.compiling", press)
+        patch.setattr("fastmnist.system.progress.Reporter.writing", press)
         assert main(command) == 130
     usual = {"mnist-train.beton", "mnist-test.beton"}
     assert {path.name for path in out.iterdir()} == usual

@@ -51,12 +51,12 @@ def test_compiling_is_shown_only_when_it_takes_long(monkeypatch: pytest.MonkeyPa
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     shown, out = reporter()
-    shown.compiling(tmp_path / "a", 10, 100)
+    shown.writing(tmp_path / "a", 10, 100)
     now[0] += 0.5
-    shown.compiling(tmp_path / "a", 100, 100)
+    shown.writing(tmp_path / "a", 100, 100)
     assert out.getvalue() == ""
     now[0] += 2.0
-    shown.compiling(tmp_path / "a", 50, 100)
+    shown.writing(tmp_path / "a", 50, 100)
     assert re.findall(r"\d+", out.getvalue()) == ["50", "100", "20"]  # done, total, per second
 
 
