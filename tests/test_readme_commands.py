@@ -64,7 +64,7 @@ def test_every_command_of_the_pages(
 ) -> None:
     write_dataset(tmp_path / "data", train=600, test=100)
     monkeypatch.setenv("FASTMNIST_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(bench, "QUICK", bench.Plan(5.0, 2, 1))
+    monkeypatch.setattr(bench, "QUICK", bench.Plan(1.0, 2, 1))
     monkeypatch.chdir(tmp_path)
     stroke = np.zeros((60, 60), np.uint8)
     stroke[10:50, 27:33] = 255
@@ -80,7 +80,7 @@ def test_every_command_of_the_pages(
             continue
         if "--resume" in words:
             said = stopped(
-                ["train", "--preset", "none", "--epochs", "60", "--out", "runs/stopped", "--model", "small-cnn"],
+                ["train", "--preset", "none", "--epochs", "30", "--out", "runs/stopped", "--model", "small-cnn"],
                 lambda text: metrics.is_file() and metrics.stat().st_size > 0,
             )
             assert "fastmnist train --resume" in said, said
