@@ -79,7 +79,7 @@ def control_group(limit: int) -> Iterator[Path]:
 
 
 def in_group(group: Path, script: str, path: Path) -> dict[str, Any]:
-    """What the script prints, with the largest amount of memory that its group held."""
+    """The script's output, parsed, and the peak memory of its control group."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     peak = group / "memory.max_usage_in_bytes"

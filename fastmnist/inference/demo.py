@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError, FastmnistError, check_limits
 from fastmnist.inference.picture import mnist_like, open_picture
 from fastmnist.inference.predict import PictureModel
 from fastmnist.training.checkpoint import WEIGHTS, ModelCard
@@ -102,8 +102,7 @@ def serving(run: Path, port: int = 0, *, any_name: bool = False) -> Iterator[str
     Raises:
         FastmnistError: as `PictureModel`; the port is taken.
     """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port {port}: must be 0 to 65535")
+    check_limits("--port", port, 0, 65535)
     reader = DrawingReader(run)
     attributes = {"reader": reader, "page": render_page(reader.card), "any_name": any_name}
     try:

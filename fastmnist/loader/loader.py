@@ -154,7 +154,7 @@ class Loader(EpochLoader):
         self._memory = self._make_memory()
 
     def _make_memory(self) -> HostGatherer | DeviceGatherer | PinnedCopier | PlainCopier:
-        """What makes batches of parts; sets where the images of a part are."""
+        """The object that makes batches of parts; sets `_data` and `_offsets`, the images of a part."""
         mend_array_types()
         file, resident = self.file, self.placement == "resident"
         if self.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Generator
@@ -16,7 +17,7 @@ from fastmnist.beton.layout import Layout, page_size_for
 from fastmnist.beton.moments import Moments
 from fastmnist.beton.reader import Beton
 from fastmnist.beton.writer import Page, Progress, write_pages
-from fastmnist.errors import ConfigError
+from fastmnist.errors import check_limits
 from fastmnist.prepare import deform
 
 MAX_THREADS = 8  # beyond it the one thread that writes is the limit
@@ -24,10 +25,8 @@ MAX_THREADS = 8  # beyond it the one thread that writes is the limit
 
 def check_expansion(factor: int, seed: int) -> None:
     """Raises ConfigError naming the flag whose value cannot work."""
-    if factor < 1:
-        raise ConfigError(f"--expand {factor}: must be at least 1")
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"--seed {seed}: must be 0 to {2**63 - 1}")
+    check_limits("--expand", factor, 1, math.inf)
+    check_limits("--seed", seed, 0, 2**63 - 1)
 
 
 def expanded_source(source: str, factor: int, seed: int) -> str:

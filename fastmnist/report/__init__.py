@@ -1,1 +1,1 @@
-"""What a run shows: progress while it goes on, then pictures and one HTML page."""
+"""Pictures, tables and HTML pages of results."""

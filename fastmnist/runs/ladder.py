@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastmnist.config import TrainConfig
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError, FastmnistError, check_limits
 from fastmnist.presets import PRESETS
 from fastmnist.runs.speedrun import Speedrun, speedrun, spread
 from fastmnist.system.environment import origin
@@ -180,8 +181,7 @@ def ladder(
     """
     if seeds is None:
         seeds = 1 if quick else 3
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    check_limits("--seeds", seeds, 1, math.inf)
     if images is not None and images < GROUND["batch_size"]:
         raise ConfigError(f"--images {images}: must be at least {GROUND['batch_size']}, one batch")
     begun = time.perf_counter()

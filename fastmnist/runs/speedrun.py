@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import psutil
 from scipy.stats import ttest_1samp
 
 from fastmnist.config import TrainConfig
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import FastmnistError, check_limits
 from fastmnist.loader.loader import Loader
 from fastmnist.presets import verdict
 from fastmnist.system.environment import origin
@@ -152,8 +153,7 @@ def speedrun(
     Raises:
         FastmnistError: as `train`. Ctrl-C ends the speedrun; it raises only if no seed is done.
     """
-    if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: must be at least 1")
+    check_limits("--seeds", seeds, 1, math.inf)
     reporter = reporter or Reporter(quiet=True)
     config = replace(config, log_every=NEVER, val_size=config.val_size or 0)
     with Session(config, reporter) as session:

@@ -24,24 +24,7 @@ from fastmnist.cli.main import main
 from fastmnist.config import LoaderName
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.augment import Augmentation
-from tests.loader.batches import assert_epoch, assert_same_batches, copied
-
-COUNT, SHAPE = 103, (6, 5)
-MOVES = Augmentation(1.0, 20.0, 0.1)
-
-# FFCV 1.0 of 2023 warns at every import.
-FFCV = pytest.param("ffcv", marks=[pytest.mark.ffcv, pytest.mark.filterwarnings("ignore")])
-OTHERS = ["dataloader", "tuned", "tensors", FFCV]
-EVERY = ["ours", *OTHERS]
-# On a machine of one core DataLoader advises against two workers.
-with_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(scope="module")
-def samples(scratch, write_small_beton):
-    """(path, images, labels) of one file of two pages for all tests that need no other."""
-    path = scratch() / "samples.beton"
-    return path, *write_small_beton(path, COUNT, SHAPE, page_size=2048)
+from tests.loader.batches import FFCV_MARKS, MOVES, assert_epoch, assert_same_batches, copied, with_workers
 
 
 @pytest.fixture
@@ -121,7 +104,7 @@ def test_a_state_of_ffcvs_order_is_not_ours(open_loader):
         ("dataloader", {"workers": 1, "prefetch_factor": 3, "persistent_workers": True, "augment": MOVES}),
         ("tuned", {"workers": 0, "prefetch_factor": 3, "persistent_workers": False, "pin_memory": True}),
         pytest.param(
-            "ffcv", {"workers": 1, "batches_ahead": 2, "os_cache": False, "reuse_buffers": True}, marks=FFCV.marks
+            "ffcv", {"workers": 1, "batches_ahead": 2, "os_cache": False, "reuse_buffers": True}, marks=FFCV_MARKS
         ),
     ],
 )
@@ -332,11 +315,11 @@ def test_how_many_workers_are_tuned(open_loader, monkeypatch):
         ("tuned", {"augment": MOVES}, "float dtype"),
         ("tensors", {"augment": MOVES}, "float dtype"),
         ("tensors", {"batch_size": 0}, "batch_size 0"),
-        pytest.param("ffcv", {"workers": 0}, "workers 0", marks=FFCV.marks),
-        pytest.param("ffcv", {"workers": numba.config.NUMBA_NUM_THREADS + 1}, "workers", marks=FFCV.marks),
-        pytest.param("ffcv", {"batches_ahead": 0}, "batches_ahead 0", marks=FFCV.marks),
-        pytest.param("ffcv", {"augment": MOVES}, "float dtype", marks=FFCV.marks),
-        pytest.param("ffcv", {"rank": 1, "world_size": 2}, "world_size of 2", marks=FFCV.marks),
+        pytest.param("ffcv", {"workers": 0}, "workers 0", marks=FFCV_MARKS),
+        pytest.param("ffcv", {"workers": numba.config.NUMBA_NUM_THREADS + 1}, "workers", marks=FFCV_MARKS),
+        pytest.param("ffcv", {"batches_ahead": 0}, "batches_ahead 0", marks=FFCV_MARKS),
+        pytest.param("ffcv", {"augment": MOVES}, "float dtype", marks=FFCV_MARKS),
+        pytest.param("ffcv", {"rank": 1, "world_size": 2}, "world_size of 2", marks=FFCV_MARKS),
     ],
 )
 def test_a_setting_that_cannot_work_is_a_config_error(open_loader, kind, options, said):
@@ -388,8 +371,8 @@ def test_the_loaders_of_the_command_line_are_these():
         ("tuned", {"workers": 2}),
         ("tuned", {"workers": 2, "persistent_workers": False, "pin_memory": False}),
         ("tensors", {}),
-        pytest.param("ffcv", {}, marks=FFCV.marks),
-        pytest.param("ffcv", {"reuse_buffers": True}, marks=FFCV.marks),
+        pytest.param("ffcv", {}, marks=FFCV_MARKS),
+        pytest.param("ffcv", {"reuse_buffers": True}, marks=FFCV_MARKS),
     ],
 )
 @settings(max_examples=3)

@@ -21,24 +21,7 @@ from fastmnist.runs.train import train
 from fastmnist.system.progress import Reporter
 from fastmnist.training.loop import Trainer
 from fastmnist.training.session import Session, loader_arguments
-from tests.loader.batches import assert_epoch, copied
-
-COUNT, SHAPE = 103, (6, 5)
-MOVES = Augmentation(1.0, 20.0, 0.1)
-
-# FFCV 1.0 of 2023 warns at every import.
-FFCV = pytest.param("ffcv", marks=[pytest.mark.ffcv, pytest.mark.filterwarnings("ignore")])
-OTHERS = ["dataloader", "tuned", "tensors", FFCV]
-EVERY = ["ours", *OTHERS]
-# On a machine of one core DataLoader advises against two workers.
-with_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(scope="module")
-def samples(scratch, write_small_beton):
-    """(path, images, labels) of one file of two pages for all tests that need no other."""
-    path = scratch() / "samples.beton"
-    return path, *write_small_beton(path, COUNT, SHAPE, page_size=2048)
+from tests.loader.batches import EVERY, FFCV, assert_epoch, copied, with_workers
 
 
 @pytest.fixture

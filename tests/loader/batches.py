@@ -1,14 +1,26 @@
-"""Batches: copied, laid together, and compared with others or with the file."""
+"""Shared by the tests of loaders: their small file, marks, and batches copied, joined and compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import numpy as np
+import pytest
 import torch
 from torchvision.transforms.functional import normalize
 
+from fastmnist.loader.augment import Augmentation
+
 Batch = tuple[torch.Tensor, ...]
+
+COUNT, SHAPE = 103, (6, 5)  # of the small file's images
+MOVES = Augmentation(1.0, 20.0, 0.1)
+FFCV_MARKS = [pytest.mark.ffcv, pytest.mark.filterwarnings("ignore")]  # FFCV 1.0 of 2023 warns at every import
+FFCV = pytest.param("ffcv", marks=FFCV_MARKS)
+OTHERS = ["dataloader", "tuned", "tensors", FFCV]
+EVERY = ["ours", *OTHERS]
+# On a machine of one core DataLoader advises against two workers.
+with_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def copied(batches: Iterable[Batch]) -> list[Batch]:

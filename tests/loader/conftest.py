@@ -8,8 +8,7 @@ import pytest
 
 from fastmnist.loader import host
 from fastmnist.loader.loader import Loader
-
-COUNT, SHAPE = 103, (6, 5)
+from tests.loader.batches import COUNT, SHAPE
 
 
 @pytest.fixture(scope="module")

@@ -22,20 +22,23 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastmnist.baselines.loaders import LOADERS
-from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.host import LEAST_KEPT
 from fastmnist.loader.loader import DTYPES
 from fastmnist.loader.order import epoch_order, quasi_random_order
-from tests.loader.batches import assert_epoch, assert_same_batches, copied, joined
+from tests.loader.batches import (
+    COUNT,
+    FFCV_MARKS,
+    MOVES,
+    SHAPE,
+    assert_epoch,
+    assert_same_batches,
+    copied,
+    joined,
+    with_workers,
+)
 
 pytestmark = pytest.mark.usefixtures("work_is_shared_among_threads")
-COUNT, SHAPE = 103, (6, 5)
 BATCHES = 11  # of 10 samples, in an epoch
-MOVES = Augmentation(1.0, 20.0, 0.1)
-# FFCV 1.0 of 2023 warns at every import.
-FFCV_MARKS = [pytest.mark.ffcv, pytest.mark.filterwarnings("ignore")]
-# On a machine of one core DataLoader advises against two workers.
-with_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 CASES = {
     "ours": ("ours", {"threads": 1}),

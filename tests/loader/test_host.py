@@ -9,10 +9,9 @@ import torch
 
 from fastmnist.loader.host import LEAST_KEPT, BufferPool, tensor_maker
 from fastmnist.loader.loader import DTYPES
-from tests.loader.batches import assert_same_batches, copied
+from tests.loader.batches import SHAPE, assert_same_batches, copied
 
 pytestmark = pytest.mark.usefixtures("work_is_shared_among_threads")
-COUNT, SHAPE = 103, (6, 5)
 
 
 @pytest.mark.parametrize(

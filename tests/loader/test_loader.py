@@ -16,10 +16,9 @@ from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.loader import DTYPES, Loader
 from fastmnist.loader.order import epoch_order
-from tests.loader.batches import assert_same_batches, copied, joined
+from tests.loader.batches import COUNT, SHAPE, assert_same_batches, copied, joined
 
 pytestmark = pytest.mark.usefixtures("work_is_shared_among_threads")
-COUNT, SHAPE = 103, (6, 5)
 SETTINGS = {
     "placement": st.sampled_from(["stream", "resident", "auto"]),
     "threads": st.integers(0, 4),
