@@ -79,7 +79,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     """Chromium without a window."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         skip_or_fail("browser", "chromium and chromedriver are not here: apt-get install chromium chromium-driver")
@@ -94,6 +94,14 @@ def browser() -> Iterator[Any]:
     driver = webdriver.Chrome(options=options, service=service)
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """Chromium with an empty page and log; a page is left before the server that it came from ends."""
+    chromium.get_log("browser")
+    yield chromium
+    chromium.get("about:blank")
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,6 @@ def shared(run: Path, npm: str, tmp_path_factory: pytest.TempPathFactory) -> str
 @pytest.mark.browser
 def test_a_file_in_a_browser_reads_as_the_run_does(shared: str, run: Path, browser) -> None:
     """Drawings, put on the canvas as they are: the same view, to a grey level, and the same probabilities."""
-    browser.get_log("browser")
     browser.set_window_size(1200, 900)
     browser.get(shared)
     reader = DrawingReader(run)
@@ -217,7 +216,6 @@ def test_a_stroke_in_the_file(shared: str, browser) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
 
-    browser.get_log("browser")
     browser.set_window_size(390, 900)
     browser.get(shared)
     canvas = browser.find_element(By.ID, "drawing")
