@@ -7,7 +7,8 @@ import threading
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import get_ident
@@ -148,27 +149,32 @@ class EpochLoader(ABC):
         return min(len(self) * self.batch_size, len(self._epoch_order))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._begin(None)
+        return self._loop(self._batches)
 
     def chunks(self, count: int = 1) -> Iterator[Chunk]:
         """A loop over the loader with `count` batches at a time as one, and the samples' numbers with them."""
-        return self._begin(whole_number("count", count, 1))
+        count = whole_number("count", count, 1)
+        return self._loop(partial(self._with_rows, count=count), count)
 
-    def _begin(self, count: int | None) -> _Epoch:
+    def _loop(self, make: Callable[[EpochPlan, int], Iterator[Any]], together: int = 1) -> _Epoch:
+        """A loop over an epoch as `make` makes it of the plan and the first batch's number."""
+        self._check_open()
+        return _Epoch(self, make, together)
+
+    def _begin(self, loop: _Epoch) -> tuple[int, int, Iterator[Any]]:
+        """(epoch, first batch, what is made of them) of the epoch that is due, which `loop` now runs through."""
         self._check_open()
         if self._current is not None and (running := self._current()) is not None:
             running.check_thread()
         if self.needs_file:
             self.file.check_unchanged()
         epoch, batch = self._next
-        plan = self._plan(epoch)
-        batches = self._batches(plan, batch) if count is None else self._with_rows(plan, batch, count)
+        batches = loop.make(self._plan(epoch), batch)
         self._detach_running()
         self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
         self._next = (epoch + 1, 0)
-        started = _Epoch(self, epoch, batch, count or 1, batches)
-        self._current = weakref.ref(started)
-        return started
+        self._current = weakref.ref(loop)
+        return epoch, batch, batches
 
     def set_epoch(self, epoch: int) -> None:
         """The next loop runs through this epoch, from its first batch.
@@ -275,12 +281,17 @@ class EpochLoader(ABC):
 
 
 class _Epoch(Iterator[Any]):
-    """One epoch's batches, for one thread: with two, neither their share nor the position would be known."""
+    """One epoch's batches, for one thread: with two, neither their share nor the position would be known.
 
-    def __init__(self, loader: EpochLoader, epoch: int, first: int, together: int, batches: Iterator[Any]) -> None:
-        self._loader, self._epoch, self._number, self._count = loader, epoch, first, len(loader)
-        self._together = together
-        self._advance = batches.__next__
+    The first `next` begins the epoch: frameworks make iterators that they never use.
+    """
+
+    _epoch: int  # these three once it has begun
+    _number: int
+    _advance: Callable[[], Any]
+
+    def __init__(self, loader: EpochLoader, make: Callable[[EpochPlan, int], Iterator[Any]], together: int) -> None:
+        self._loader, self.make, self._together, self._count = loader, make, together, len(loader)
         self._thread: threading.Thread | None = None  # the first one that took a batch
         self._identifier = 0  # of that thread
         self._done = False
@@ -297,6 +308,9 @@ class _Epoch(Iterator[Any]):
     def __next__(self) -> Any:
         if self._identifier != get_ident():
             self.check_thread()
+            if self._thread is None:
+                self._epoch, self._number, batches = self._loader._begin(self)
+                self._advance = batches.__next__
             self._thread, self._identifier = threading.current_thread(), get_ident()
         loader = self._loader
         if loader._closed or loader.file.closed:

@@ -182,6 +182,22 @@ def test_epochs_differ_repeat_and_follow_each_other(open_loader, case):
 
 
 @every_loader
+def test_an_epoch_begins_with_its_first_batch_not_with_the_iterator(open_loader, case):
+    loader, same = open_loader(case), open_loader(case)
+    first = copied(same)
+    for begin in (loader.__iter__, loader.chunks):
+        loader.set_epoch(0)
+        state = loader.state_dict()
+        unused = begin()
+        assert loader.state_dict() == state
+        assert_same_batches(copied(loader), first)
+        del unused
+    late = iter(loader)
+    loader.set_epoch(0)
+    assert_same_batches(copied(late), first)
+
+
+@every_loader
 def test_chunks_are_the_batches_laid_together_with_their_rows(open_loader, case):
     each, loader = open_loader(case, seed=3), open_loader(case, seed=3)
     for count, first in itertools.product((1, 3, 100), (0, 2)):
