@@ -116,7 +116,7 @@ class _Planned(Baseline):
 
     def _requests(self, plan: EpochPlan, first: int) -> list[Any]:
         """Of each batch from number `first` on: its places (B,) int64 in the dataset."""
-        places = self._places[plan.rows[: self._taken]]
+        places = self._places[plan.rows[: self._taken(plan)]]
         return [
             places[at : at + self.batch_size] for at in range(first * self.batch_size, len(places), self.batch_size)
         ]

@@ -103,10 +103,10 @@ class FFCVLoader(Baseline):
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"order": f"ffcv {self.order}"}
 
-    def _plan(self, epoch: int) -> EpochPlan:
+    def _plan(self, epoch: int, start: int = 0) -> EpochPlan:
         traversal = self._loader.traversal_order
         traversal.page_to_samples_array = self._pages_before.copy()
-        return EpochPlan(epoch, np.array(traversal.sample_order(epoch), np.int64))
+        return EpochPlan(epoch, np.array(traversal.sample_order(epoch), np.int64)[start:])
 
     def _run(self, plan: EpochPlan, first: int) -> Generator[Batch]:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -118,7 +118,7 @@ class FFCVLoader(Baseline):
                 thread = iter(self._loader)
                 leaving.callback(_end, thread)
                 self._wait(thread)  # the thread sets the thread counts too, before its first batch
-            for number in range(len(self)):
+            for number in range(-(-self._taken(plan) // self.batch_size)):
                 self._wait(thread)
                 fields = next(thread)
                 if number >= first:

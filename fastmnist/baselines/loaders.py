@@ -34,7 +34,7 @@ class TensorLoader(Baseline):
         self._labels, self._places = torch.from_numpy(copy.labels).to(self.device), copy.places
 
     def _run(self, plan: EpochPlan, first: int) -> Generator[Batch]:
-        places = torch.from_numpy(self._places[plan.rows[: self._taken]]).to(self.device)
+        places = torch.from_numpy(self._places[plan.rows[: self._taken(plan)]]).to(self.device)
         for at in range(first * self.batch_size, len(places), self.batch_size):
             chosen = places[at : at + self.batch_size]
             yield self._images.index_select(0, chosen).permute(0, 3, 1, 2), self._labels.index_select(0, chosen)

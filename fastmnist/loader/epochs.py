@@ -27,7 +27,7 @@ from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
 from fastmnist.system.machine import choose_device
 
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
-STATE_VERSION = 2
+STATE_VERSION = 3  # 2 counted batches of one process
 AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
 
 
@@ -102,8 +102,9 @@ class EpochLoader(ABC):
             raise ConfigError(
                 f"{len(self.indices)} samples cannot be dealt to {self.world_size} processes; take uneven='pad'"
             )
-        self._next = (0, 0)  # (epoch, batch) that the next loop starts with
-        self._state = (0, 0)  # the first batch that has not been handed out
+        # (epoch, position in the order of all processes)
+        self._next = (0, 0)  # that the next loop starts with
+        self._state = (0, 0)  # of the first batch that has not been handed out
         self._closed = False
         self._current: weakref.ref[_Epoch] | None = None
 
@@ -116,9 +117,9 @@ class EpochLoader(ABC):
         """Whether the file is read while it iterates; not when the loader holds a copy."""
         return True
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch, made anew."""
-        return self._epoch_order.plan(epoch)
+    def _plan(self, epoch: int, start: int = 0) -> EpochPlan:
+        """The plan of an epoch from position `start` of the order of all processes on, made anew."""
+        return self._epoch_order.plan(epoch, start)
 
     @abstractmethod
     def _batches(self, plan: EpochPlan, first: int) -> Iterator[Batch]:
@@ -143,10 +144,15 @@ class EpochLoader(ABC):
         full, rest = divmod(len(self._epoch_order), self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
+    def _taken(self, plan: EpochPlan) -> int:
+        """Samples of `plan` that are in some batch."""
+        samples = len(plan.rows)
+        return samples - samples % self.batch_size if self.drop_last else samples
+
     @property
-    def _taken(self) -> int:
-        """Samples per epoch that are in some batch."""
-        return min(len(self) * self.batch_size, len(self._epoch_order))
+    def stride(self) -> int:
+        """Samples in one batch of all processes together."""
+        return self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self._loop(self._batches)
@@ -161,20 +167,26 @@ class EpochLoader(ABC):
         self._check_open()
         return _Epoch(self, make, together)
 
-    def _begin(self, loop: _Epoch) -> tuple[int, int, Iterator[Any]]:
-        """(epoch, first batch, what is made of them) of the epoch that is due, which `loop` now runs through."""
+    def _begin(self, loop: _Epoch) -> tuple[int, int, int, Iterator[Any]]:
+        """(epoch, first position, end, what is made of it) of the epoch that is due, which `loop` now runs through."""
         self._check_open()
         if self._current is not None and (running := self._current()) is not None:
             running.check_thread()
         if self.needs_file:
             self.file.check_unchanged()
-        epoch, batch = self._next
-        batches = loop.make(self._plan(epoch), batch)
+        epoch, position = self._next
+        batch, between = divmod(position, self.stride)
+        if between:  # the state of other batches: this epoch's are counted from there
+            batch, plan = 0, self._plan(epoch, position)
+        else:
+            plan = self._plan(epoch)
+        batches = loop.make(plan, batch)
+        end = position + (self._taken(plan) - batch * self.batch_size) * self.world_size
         self._detach_running()
-        self._state = (epoch, batch) if len(self) else (epoch + 1, 0)
+        self._state = (epoch, position) if position < end else (epoch + 1, 0)
         self._next = (epoch + 1, 0)
         self._current = weakref.ref(loop)
-        return epoch, batch, batches
+        return epoch, position, end, batches
 
     def set_epoch(self, epoch: int) -> None:
         """The next loop runs through this epoch, from its first batch.
@@ -186,7 +198,7 @@ class EpochLoader(ABC):
     def seek(self, epoch: int, batch: int) -> None:
         """The next loop begins with this batch of this epoch; for a loop under way, see `set_epoch`."""
         self._detach_running()
-        self._next = self._state = (epoch, batch)
+        self._next = self._state = (epoch, batch * self.stride)
 
     def _detach_running(self) -> None:
         if self._current is not None and (running := self._current()) is not None:
@@ -198,19 +210,19 @@ class EpochLoader(ABC):
         return self._state[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's position as plain values: the first batch that has not been handed out yet."""
-        return {"version": STATE_VERSION, "epoch": self._state[0], "batch": self._state[1]} | self._identity()
+        """The loader's position as plain values: the first sample of all processes that is not handed out yet.
+
+        The same for all processes that are at the same batch. Another number of processes, or loaders with another
+        batch size, continue from it: over all of them, each sample of the epoch still comes once.
+        """
+        return {"version": STATE_VERSION, "epoch": self._state[0], "position": self._state[1]} | self._identity()
 
     def _identity(self) -> dict[str, Any]:
-        """Settings that must agree for a position to mean the same batch."""
+        """Settings that must agree for a position to mean the same sample."""
         strengths = self.augment and [self.augment.shift, self.augment.rotation, self.augment.scale]
         return {
             "seed": self.seed,
             "order": self.order,
-            "batch_size": self.batch_size,
-            "drop_last": self.drop_last,
-            "world_size": self.world_size,
-            "uneven": self._epoch_order.uneven,
             "augment": strengths,
             "samples": len(self.indices),
             "indices": f"{zlib.crc32(self.indices.data):08x}",
@@ -218,25 +230,27 @@ class EpochLoader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next loop begins with the batch that `state` names; for a loop under way, see `set_epoch`.
+        """The next loop begins where `state` was taken; for a loop under way, see `set_epoch`.
+
+        The batch size and the number of processes may differ from those of then. States of version 2 are read too.
 
         Raises:
             DataError: the state is of another file or of other settings; both values are named.
         """
-        if state.get("version") != STATE_VERSION:
-            raise DataError(f"the loader's state has version {state.get('version')}; {STATE_VERSION} is needed")
+        state = with_position(state)
         for key, here in self._identity().items():
             if state.get(key) != here:
                 raise DataError(
                     f"the loader's state was taken with {key} {state.get(key)}, this loader has {here}; "
                     f"open {self.file.path} with the settings of then, or begin anew"
                 )
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch < max(len(self), 1)):
+        epoch, position, samples = state.get("epoch"), state.get("position"), len(self.indices)
+        if not (type(epoch) is type(position) is int and epoch >= 0 and 0 <= position < samples):
             raise DataError(
-                f"the loader's state names batch {batch} of epoch {epoch}; an epoch has {len(self)} batches"
+                f"the loader's state names sample {position} of epoch {epoch}; an epoch has {samples} samples"
             )
-        self.seek(epoch, batch)
+        self._detach_running()
+        self._next = self._state = (epoch, position)
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments, but for the file."""
@@ -286,12 +300,13 @@ class _Epoch(Iterator[Any]):
     The first `next` begins the epoch: frameworks make iterators that they never use.
     """
 
-    _epoch: int  # these three once it has begun
-    _number: int
+    _epoch: int  # these four once it has begun
+    _position: int  # of the next batch, in the order of all processes
+    _end: int  # after the last batch
     _advance: Callable[[], Any]
 
     def __init__(self, loader: EpochLoader, make: Callable[[EpochPlan, int], Iterator[Any]], together: int) -> None:
-        self._loader, self.make, self._together, self._count = loader, make, together, len(loader)
+        self._loader, self.make, self._stride = loader, make, together * loader.stride
         self._thread: threading.Thread | None = None  # the first one that took a batch
         self._identifier = 0  # of that thread
         self._done = False
@@ -309,7 +324,7 @@ class _Epoch(Iterator[Any]):
         if self._identifier != get_ident():
             self.check_thread()
             if self._thread is None:
-                self._epoch, self._number, batches = self._loader._begin(self)
+                self._epoch, self._position, self._end, batches = self._loader._begin(self)
                 self._advance = batches.__next__
             self._thread, self._identifier = threading.current_thread(), get_ident()
         loader = self._loader
@@ -320,10 +335,22 @@ class _Epoch(Iterator[Any]):
         except BaseException:
             self._done = True
             raise
-        self._number = number = self._number + self._together
+        self._position = position = self._position + self._stride
         if self.leads:
-            loader._state = (self._epoch, number) if number < self._count else (self._epoch + 1, 0)
+            loader._state = (self._epoch, position) if position < self._end else (self._epoch + 1, 0)
         return batch
+
+
+def with_position(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of this version; one of version 2 counts batches. Raises DataError for any other."""
+    version = state.get("version")
+    if version == 2:
+        batch, size, processes = (state.get(name) for name in ("batch", "batch_size", "world_size"))
+        if isinstance(batch, int) and isinstance(size, int) and isinstance(processes, int):
+            return state | {"position": batch * size * processes}
+    elif version == STATE_VERSION:
+        return state
+    raise DataError(f"the loader's state has version {version}, or is damaged; 2 and {STATE_VERSION} can be read")
 
 
 def process_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -181,13 +181,13 @@ class Loader(EpochLoader):
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {name: getattr(self, name) for name in OURS}
 
-    def _plan(self, epoch: int) -> EpochPlan:
+    def _plan(self, epoch: int, start: int = 0) -> EpochPlan:
         """The epoch's plan, unless it was made during the epoch before."""
         planned, self._planned = self._planned, None
-        if planned is not None and planned[0] == epoch:
+        if planned is not None and (epoch, start) == (planned[0], 0):
             plan: EpochPlan = planned[1].result()
             return plan
-        return _make_plan(self._epoch_order, self.augment, len(self.file), epoch)
+        return _make_plan(self._epoch_order, self.augment, len(self.file), epoch, start)
 
     def _plan_ahead(self, epoch: int) -> None:
         """Has a helper make that epoch's plan."""
@@ -210,12 +210,12 @@ class Loader(EpochLoader):
     def _parts(self, plan: EpochPlan, first: int, step: int = 0) -> Iterator[Part]:
         """The plan from batch `first` on, in parts of `step` samples; by default of whole batches."""
         step = step or max(1, PART_SAMPLES // self.batch_size) * self.batch_size
-        begin, reader = first * self.batch_size, None
+        begin, end, reader = first * self.batch_size, self._taken(plan), None
         if self.placement == "stream" and len(plan.windows) > 1:
             lag = self._memory.lag
             reader = WindowReader(self.file, plan.windows, first=begin, step=step, lag=lag, helper=self._page_reader)
-        for start in range(begin, self._taken, step):
-            stop = min(start + step, self._taken)
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
             rows = plan.rows[start:stop]
             draws = None if plan.draws is None else plan.draws[start:stop]
             if reader is None:
@@ -239,8 +239,8 @@ def _choose_placement(device: torch.device, size: int) -> Literal["resident", "s
     return "stream" if device.type == "cpu" else "resident"
 
 
-def _make_plan(order: EpochOrder, augment: Augmentation | None, samples: int, epoch: int) -> EpochPlan:
-    plan = order.plan(epoch)
+def _make_plan(order: EpochOrder, augment: Augmentation | None, samples: int, epoch: int, start: int = 0) -> EpochPlan:
+    plan = order.plan(epoch, start)
     if augment is None:
         return plan
     return plan._replace(draws=augment.draw(samples, order.seed, epoch)[plan.rows])

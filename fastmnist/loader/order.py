@@ -142,34 +142,35 @@ class EpochOrder:
         full, rest = divmod(len(self.samples), self.world_size)
         return full + (rest > 0 and self.uneven == "pad")
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch, without draws."""
+    def plan(self, epoch: int, start: int = 0) -> EpochPlan:
+        """The plan of an epoch from position `start` of the order of all processes on, without draws."""
         if self.kind == "quasi_random":
             assert self.pages is not None
             places, windows = quasi_random_order(self.pages, self.seed, epoch, WINDOW_PAGES)
-            return EpochPlan(epoch, self._share(self.samples[places]), self._share_of_windows(places, windows))
+            shared = self._share(places, start)
+            return EpochPlan(epoch, self.samples[shared], self._share_of_windows(shared, windows, start))
         rows = epoch_order(self.samples, self.seed, epoch) if self.kind == "random" else self.samples.copy()
-        return EpochPlan(epoch, self._share(rows))
+        return EpochPlan(epoch, self._share(rows, start))
 
-    def _share(self, order: np.ndarray) -> np.ndarray:
-        """This process's part of the order of all."""
-        if self.world_size == 1:
-            return order
-        total = len(self) * self.world_size
-        return np.ascontiguousarray(np.resize(order, total)[self.rank :: self.world_size])
+    def _share(self, order: np.ndarray, start: int) -> np.ndarray:
+        """This process's part of the order of all, dealt out from position `start` on."""
+        rest, missing = order[start:], -(len(order) - start) % self.world_size
+        if missing and self.uneven == "pad":
+            rest = np.concatenate([rest, np.resize(order, missing)])
+        return np.ascontiguousarray(rest[self.rank : len(rest) - len(rest) % self.world_size : self.world_size])
 
-    def _share_of_windows(self, places: np.ndarray, windows: list[Window]) -> list[Window]:
-        if self.world_size == 1:
+    def _share_of_windows(self, shared: np.ndarray, windows: list[Window], start: int) -> list[Window]:
+        if self.world_size == 1 and not start:
             return windows
         assert self.pages is not None
-        shared = [Window(self._count_before(window.start), window.pages) for window in windows]
-        padding = self._count_before(len(self.samples))
-        if padding < len(self):  # padded with the order's first samples
-            shared.append(Window(padding, np.unique(self.pages[self._share(places)[padding:]])))
-        return shared
+        moved = [Window(self._count_before(window.start - start), window.pages) for window in windows]
+        padding = self._count_before(len(self.samples) - start)
+        if padding < len(shared):  # padded with the order's first samples
+            moved.append(Window(padding, np.unique(self.pages[shared[padding:]])))
+        return moved
 
     def _count_before(self, position: int) -> int:
-        """This process's samples among the first `position` of the order of all."""
+        """This process's samples among `position` that are dealt out."""
         return max(0, -((self.rank - position) // self.world_size))
 
 

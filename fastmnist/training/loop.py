@@ -17,7 +17,7 @@ from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.loader.augment import Augmentation, warp_on_device
 from fastmnist.loader.device import on_device
-from fastmnist.loader.epochs import EpochLoader
+from fastmnist.loader.epochs import EpochLoader, with_position
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.system.machine import synchronize
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
@@ -329,8 +329,13 @@ class Trainer:
 
     def _loader_state(self) -> dict[str, Any]:
         """The loader's state at the last batch trained on, however far it has read ahead."""
-        epoch, batch = divmod(self.step, len(self.loader))
-        return self.loader.state_dict() | {"epoch": epoch, "batch": batch}
+        epoch, position = self._place_of(self.step)
+        return self.loader.state_dict() | {"epoch": epoch, "position": position}
+
+    def _place_of(self, step: int) -> tuple[int, int]:
+        """The epoch in which that many steps end, and the place of its next sample in the order."""
+        epoch, batch = divmod(step, len(self.loader))
+        return epoch, batch * self.loader.stride
 
     def batches_of(self, epoch: int) -> int:
         """Steps of that epoch; the last epoch may be a fraction of one."""
@@ -404,10 +409,11 @@ class Trainer:
         """
         state = {"amp": self.precision.name} | state
         check_state(state, self.state_dict())
-        step, at = state["step"], (state["loader"].get("epoch"), state["loader"].get("batch"))
-        if not 0 <= step <= self.steps or at != divmod(step, len(self.loader)) or not 0 <= state["seconds"] < math.inf:
+        step, position = state["step"], with_position(state["loader"])
+        at = position.get("epoch"), position.get("position")
+        if not 0 <= step <= self.steps or at != self._place_of(step) or not 0 <= state["seconds"] < math.inf:
             raise DataError(
-                f"the state is damaged: step {step} of {self.steps}, epoch {at[0]}, batch {at[1]}, "
+                f"the state is damaged: step {step} of {self.steps}, epoch {at[0]}, sample {at[1]}, "
                 f"{state['seconds']} seconds"
             )
         self.loader.load_state_dict(state["loader"])

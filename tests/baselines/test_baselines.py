@@ -142,7 +142,7 @@ def test_an_error_in_ffcvs_thread_is_one_here_and_no_hang(open_loader, monkeypat
     with pytest.raises(RuntimeError, match="FFCV's thread ended by an error"):
         handed_out.extend(loader)
     assert len(handed_out) == 2
-    assert loader.state_dict()["batch"] == 2
+    assert loader.state_dict()["position"] == 2 * loader.batch_size
 
 
 @pytest.mark.ffcv
@@ -221,7 +221,7 @@ def test_workers_hand_out_the_same_batches(open_loader, kind, options):
     for _ in itertools.islice(loader, 3):
         pass
     state = loader.state_dict()
-    assert (state["epoch"], state["batch"]) == (7, 3)
+    assert (state["epoch"], state["position"]) == (7, 3 * loader.batch_size)
     loader.load_state_dict(state)
     alone.load_state_dict(state)
     assert_same_batches(loader, alone)

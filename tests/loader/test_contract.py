@@ -220,7 +220,8 @@ def test_a_state_goes_on_with_exactly_the_batches_that_are_left(open_loader, cas
         for _ in itertools.islice(itertools.chain(first, first), position):
             pass
         state = json.loads(json.dumps(first.state_dict()))
-        assert (state["epoch"], state["batch"]) == divmod(position, BATCHES)
+        epoch, batch = divmod(position, BATCHES)
+        assert (state["epoch"], state["position"]) == (epoch, batch * first.batch_size)
         left = epochs[position:][: BATCHES - position % BATCHES]
         for _ in range(2):
             second.load_state_dict(state)

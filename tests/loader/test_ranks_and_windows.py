@@ -1,5 +1,6 @@
 """How an epoch is dealt to several processes, and how a file larger than memory is shuffled."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -66,16 +67,83 @@ def labels_and_images(batch: tuple[torch.Tensor, torch.Tensor]) -> list[bytes]:
     return [bytes([int(label)]) + image.numpy().tobytes() for image, label in zip(images, labels, strict=True)]
 
 
-def test_a_state_serves_every_rank_but_no_other_number_of_them(paged: Path) -> None:
+def test_a_state_serves_every_rank(paged: Path) -> None:
     first = Loader(paged, 10, device="cpu", rank=0, world_size=4)
-    iterator = iter(first)
-    for _ in range(7):
-        next(iterator)
+    for _ in zip(range(7), first, strict=False):
+        pass
     other = Loader(paged, 10, device="cpu", rank=3, world_size=4)
     other.load_state_dict(first.state_dict())
     assert sum(1 for _ in other) == 18
-    with pytest.raises(DataError, match="world_size 4, this loader has 2"):
-        Loader(paged, 10, device="cpu", rank=0, world_size=2).load_state_dict(first.state_dict())
+    assert other.state_dict() == first.state_dict() | {"epoch": 1, "position": 0}
+
+
+def take(loaders: list[Loader], batches: int) -> list[int]:
+    """Rows of that many batches of each process; all processes are to get the same number of samples."""
+    taken = [[chunk.rows.tolist() for chunk in itertools.islice(loader.chunks(), batches)] for loader in loaders]
+    assert len({sum(map(len, rows)) for rows in taken}) == 1
+    return [row for rows in taken for batch in rows for row in batch]
+
+
+@given(
+    worlds=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 80), st.integers(0, 12)), min_size=1, max_size=4),
+    last=st.tuples(st.integers(1, 9), st.integers(1, 80)),
+    order=st.sampled_from(["random", "quasi_random", "sequential"]),
+    uneven=st.sampled_from(["pad", "drop"]),
+    drop_last=st.booleans(),
+    subset=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_an_epoch_continues_with_any_number_of_processes_and_any_batch_size(
+    paged: Path, worlds, last, order, uneven, drop_last, subset, seed
+) -> None:
+    """Each sample once over all processes, cut where it may be; but for those that "pad" repeats and "drop" omits."""
+
+    def processes(world: int, batch_size: int) -> list[Loader]:
+        options = {"seed": seed, "order": order, "uneven": uneven, "drop_last": drop_last, "device": "cpu"}
+        indices = range(0, 1000, 7) if subset else None
+        return [Loader(paged, batch_size, rank=r, world_size=world, indices=indices, **options) for r in range(world)]
+
+    rows: list[int] = []
+    state = processes(1, 1)[0].state_dict()
+    for world, batch_size, batches in worlds:
+        loaders = processes(world, batch_size)
+        for loader in loaders:
+            loader.load_state_dict(state)
+        taken = take(loaders, batches)
+        states = [loader.state_dict() for loader in loaders]
+        assert all(other == states[0] for other in states)
+        if states[0]["epoch"]:  # the epoch ended here: as if it had not been cut
+            break
+        rows, state = rows + taken, json.loads(json.dumps(states[0]))
+    world, batch_size = last
+    loaders = processes(world, batch_size)
+    for loader in loaders:
+        loader.load_state_dict(state)
+    rows += take(loaders, 2000)
+    assert {loader.state_dict()["epoch"] for loader in loaders} == {1}
+    samples = loaders[0].indices.tolist()
+    times, left = Counter(rows), (len(samples) - state["position"]) % world
+    assert set(times) <= set(samples)
+    if not drop_last:
+        assert sum(times.values()) == len(samples) + ((-left % world) if uneven == "pad" else -left)
+    if uneven == "pad" and not drop_last:
+        assert set(times) == set(samples)
+        assert max(times.values()) <= (2 if world <= len(samples) else world)
+    else:
+        assert max(times.values(), default=1) <= (2 if uneven == "pad" else 1)
+        assert len(samples) - len(times) < world * (batch_size if drop_last else 1) + world
+
+
+def test_a_state_of_version_2_counts_batches(paged: Path) -> None:
+    loader = Loader(paged, 10, device="cpu", rank=1, world_size=2)
+    old = {name: value for name, value in loader.state_dict().items() if name != "position"}
+    old |= {"version": 2, "batch": 3, "batch_size": 20, "world_size": 4, "drop_last": False, "uneven": "pad"}
+    loader.load_state_dict(old)
+    assert loader.state_dict()["position"] == 240
+    spoiled = {"version": (1, 4), "batch": (None, 13, -1), "batch_size": ("20",)}
+    for name, value in ((name, value) for name, values in spoiled.items() for value in values):
+        with pytest.raises(DataError):
+            loader.load_state_dict(old | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -218,7 +286,7 @@ def test_windows_are_read_as_they_are_mapped(
         options = {"indices": indices, "rank": ranks - 1, "world_size": ranks, "dtype": torch.uint8}
         with Loader(paged, batch_size, device="cpu", order="quasi_random", **options) as loader:
             batch = min(first, len(loader) - 1)
-            loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batch": batch})
+            loader.seek(epoch, batch)
             images, labels, rows = joined(loader.chunks())
             expected = EpochOrder(
                 loader.indices, "quasi_random", 0, loader.file.offsets[loader.indices] // 1024, ranks - 1, ranks
@@ -272,6 +340,6 @@ def test_a_resumed_epoch_reads_no_window_that_is_past(paged: Path, monkeypatch: 
     monkeypatch.setattr(paging, "_read", lambda file, pages, memory: read.extend(pages) or real(file, pages, memory))
     monkeypatch.setattr(order_module, "WINDOW_PAGES", 2)
     with Loader(paged, 64, device="cpu", order="quasi_random") as loader:
-        loader.load_state_dict(loader.state_dict() | {"batch": len(loader) - 1})
+        loader.seek(0, len(loader) - 1)
         assert len(list(loader)) == 1
     assert 0 < len(read) <= 4  # of 16 pages

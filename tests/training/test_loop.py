@@ -295,7 +295,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(beton: Path, optimizer: 
         (["optimizer", "state", 99], {}),
         (["random", "cpu"], torch.zeros(3, dtype=torch.uint8)),
         (["losses"], torch.zeros(99)),
-        (["loader", "batch"], 99),
+        (["loader", "position"], 99),
         (["loader", "epoch"], -1),
     ]:
         if path == ["scaler"] and value == {}:
