@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmnist.report.style import INK, QUIET, RULE, TRAIN, VALIDATION, page, save, styled
+from fastmnist.report.tables import console_table
 from fastmnist.system.environment import describe_hardware
 
 if TYPE_CHECKING:
@@ -47,13 +48,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def ladder_table(rows: Sequence[Row]) -> Table:
     """The measured rungs; `notes` has the others."""
-    from rich.table import Table
-
-    table = Table(*HEADINGS)
-    for row in rows:
-        if "images_per_second" in row:
-            table.add_row(*cells(row))
-    return table
+    return console_table(HEADINGS, [cells(row) for row in rows if "images_per_second" in row])
 
 
 def ladder_markdown(found: Mapping[str, Any]) -> str:

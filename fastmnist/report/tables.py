@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
+COLUMNS = 80  # of a terminal
 HEADINGS = (
     "loader",
     "images/s",
@@ -68,16 +70,39 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
+def console_table(headings: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
+    """A table of plain texts for 80 columns: lines break between words, never within one.
+
+    left: the columns that are not aligned to the right.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table()
-    for at, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if at else "left", overflow="fold")
-    for line in cells(rows):
-        narrow = [escape(cell.replace(" (", "\n(")) for cell in line]  # for 80 columns
-        table.add_row(*narrow, style="bold" if line[0].startswith("fastmnist") else None)
+    shown = [[text.replace(" (", "\n(") for text in line] for line in lines]  # an interval goes below its median
+    columns = list(zip(headings, *shown, strict=True))
+    widths, least = (
+        [max(len(part) for text in column for part in split.findall(text)) for column in columns]
+        for split in (re.compile(r".+"), re.compile(r"\S+"))
+    )
+    gap = 2
+    while sum(widths) + gap * len(widths) > COLUMNS and widths != least:
+        widest = max(range(len(widths)), key=lambda at: (widths[at] > least[at], widths[at]))
+        widths[widest] -= 1
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0))
+    for at, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+        table.add_column(heading, justify="left" if at in left else "right", width=width)
+    for line in shown:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    lines = cells(rows)
+    short = [[*line[:-1], line[-1].partition(" (")[0]] for line in lines]  # the memory hardly varies
+    table = console_table(HEADINGS, short)
+    for line, shown in zip(lines, table.rows, strict=True):
+        shown.style = "bold" if line[0].startswith("fastmnist") else None
     return table
 
 
@@ -95,36 +120,39 @@ def evaluation_tables(confusion: np.ndarray, class_names: Sequence[str]) -> list
     from rich.table import Table
 
     classes = Table("class", "images", "right", "accuracy", "most often taken for")
-    matrix = Table("true \\ predicted", *class_names)
+    short = [str(index) for index in range(len(class_names))]
+    if max(map(len, class_names)) <= 3:
+        short = list(class_names)
+    matrix = Table("true \\ predicted", *short)
     for index, (name, row) in enumerate(zip(class_names, confusion, strict=True)):
         wrong = row.copy()
         wrong[index] = 0
         mistaken = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
         total = int(row.sum())
         classes.add_row(name, f"{total:,}", f"{row[index]:,}", f"{row[index] / max(total, 1):.2%}", mistaken)
-        matrix.add_row(name, *(str(count) if count else "·" for count in row))
+        shown = name if short[index] == name else f"{short[index]} {name}"
+        matrix.add_row(shown, *(str(count) if count else "·" for count in row))
     return [classes, matrix] if len(class_names) <= 10 else [classes]
 
 
 def search_table(found: Mapping[str, Any]) -> Table:
     """The candidates of a search for the fastest settings, as `Tuning.to_dict` gives them."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for at, heading in enumerate(("settings", found["unit"], "n", "memory", "outcome")):
-        table.add_column(heading, justify="right" if 0 < at < 4 else "left", overflow="fold")
+    lines = []
     for line in found["candidates"]:
         status = " · ".join(part for part in (line["status"], line["reason"]) if part)
         memory = line.get("memory_bytes")
-        table.add_row(
-            escape(line["name"]),
-            with_interval(line) if "median" in line else "",
-            str(line.get("n", "")),
-            "" if memory is None else mebibytes(memory),
-            escape(f"chosen · {status}" if line["chosen"] else status),
-            style="bold" if line["chosen"] else None,
+        lines.append(
+            (
+                line["name"],
+                with_interval(line) if "median" in line else "",
+                str(line.get("n", "")),
+                "" if memory is None else mebibytes(memory),
+                f"chosen · {status}" if line["chosen"] else status,
+            )
         )
+    table = console_table(("settings", found["unit"], "n", "memory", "outcome"), lines, left=(0, 4))
+    for line, shown in zip(found["candidates"], table.rows, strict=True):
+        shown.style = "bold" if line["chosen"] else None
     return table
 
 
