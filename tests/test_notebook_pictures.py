@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastmnist.beton.reader import Beton
-from fastmnist.report.calibration import calibration, plot_calibration
+from fastmnist.report.calibration import EDGES, calibration, plot_calibration
 from fastmnist.report.file_chart import parts, plot_layout
 from fastmnist.report.live import LiveCurves
 from fastmnist.training.evaluate import accuracy_interval
@@ -38,6 +38,7 @@ def test_calibration_counts_as_by_hand(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.sure, [0.625, 0.965, 1.0])
     np.testing.assert_allclose(found.right, [0.5, 1.0, 0.0])
     assert found.answers.tolist() == [2, 2, 1]
+    assert EDGES[found.bins].tolist() == [0.5, 0.95, 0.999]
     assert found.error == pytest.approx((2 * 0.125 + 2 * 0.035 + 1) / 5)
     assert (tmp_path / "c.png").exists()
 
