@@ -226,7 +226,7 @@ def write_small_beton(random_samples: Callable[..., Samples]) -> Callable[..., S
         from fastmnist.beton.writer import write_beton
 
         images, labels = random_samples(count, shape, classes, seed)
-        write_beton(path, images, labels, **options)
+        write_beton(path, images, labels, **{"split": "train"} | options)
         return images, labels
 
     return write

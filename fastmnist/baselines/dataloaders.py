@@ -189,7 +189,8 @@ class PlainDataLoader(_Planned):
         height, width, channels = self.file.image_shape
         if channels not in (1, 3):
             raise ConfigError(f"{self.file.path}: PIL has no images of {channels} channels; take another loader")
-        steps: list[Any] = [transforms.ToTensor(), transforms.Normalize(*self.file.moments)]
+        assert self.moments is not None
+        steps: list[Any] = [transforms.ToTensor(), transforms.Normalize(*self.moments)]
         if self.augment is not None:
             strength = self.augment
             affine = transforms.RandomAffine(

@@ -81,7 +81,8 @@ def write_beton(
         images: (N, H, W) or (N, H, W, C) uint8: an array, a memory map, or a stream of blocks.
         labels: (N,) integers, from 0.
         class_names: one name per class; labels must then be below their number.
-        dataset, split, source: texts kept in the file; `source` identifies the bytes that it was made from.
+        dataset, split, source: texts kept in the file. A float `Loader` of the split "train" normalises by the file's
+            own moments, one of any other takes `moments`. `source` identifies the bytes that the file was made from.
         page_size: bytes, a power of 2; doubled until a sample fits. Samples never straddle a page.
         progress: called with (samples written, N) after each page.
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastmnist.beton.reader import Beton
 from fastmnist.loader.augment import Augmentation, warp_on_device
 from fastmnist.loader.host import Batch, HostGatherer, Part, SampleCopy
-from fastmnist.loader.normalise import Normaliser
+from fastmnist.loader.normalise import Moments, Normaliser
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -21,12 +20,24 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class Finish:
-    """The last steps, on the device: stored bytes to images of `dtype`, augmented and normalised."""
+    """The last steps, on the device: stored bytes to images of `dtype`, augmented and normalised.
 
-    def __init__(self, file: Beton, dtype: torch.dtype, augment: Augmentation | None, device: torch.device) -> None:
-        self._shape, self._dtype, self._augment, self._device = file.image_shape, dtype, augment, device
-        if dtype != torch.uint8:  # for a file without our statistics they take a pass over all of it
-            self._normalise = Normaliser(*file.moments, device)
+    Args:
+        shape: (H, W, C) of an image.
+        moments: to normalise with; needed for a float dtype.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        augment: Augmentation | None,
+        device: torch.device,
+        moments: Moments | None = None,
+    ) -> None:
+        self._shape, self._dtype, self._augment, self._device = shape, dtype, augment, device
+        if moments is not None:
+            self._normalise = Normaliser(*moments, device)
 
     def __call__(self, pixels: torch.Tensor, draws: np.ndarray | None) -> torch.Tensor:
         """(B, H * W * C) uint8 and draws (B, 4) float32 to (B, C, H, W) channels_last."""

@@ -23,6 +23,7 @@ from fastmnist.errors import ConfigError, DataError, whole_number
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.device import on_device
 from fastmnist.loader.host import Batch
+from fastmnist.loader.normalise import AnyMoments, choose_moments
 from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
 from fastmnist.system.machine import choose_device
 
@@ -53,6 +54,7 @@ class EpochLoader(ABC):
     Attributes:
         file: the open file. indices: (n,) int64, the samples that are iterated over.
         device, dtype: of the batches. Images of a float dtype are augmented and normalised already.
+        moments: (mean, std) that they are normalised with, each one number per channel; None for uint8.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class EpochLoader(ABC):
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.uint8,
+        moments: AnyMoments | None = None,
         augment: Augmentation | None = None,
         order: Literal["auto"] | Kind = "auto",
         drop_last: bool = False,
@@ -85,6 +88,7 @@ class EpochLoader(ABC):
         self.file.check_unchanged()
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.device, self.dtype, self.augment = choose_device(device), dtype, augment
+        self.moments = None if dtype == torch.uint8 else choose_moments(self.file, moments)
         self._all = indices is None
         self.indices = _checked_indices(indices, len(self.file))
         self.order: Kind = ("random" if shuffle else "sequential") if order == "auto" else order
@@ -259,6 +263,7 @@ class EpochLoader(ABC):
             "seed": self.seed,
             "device": str(self.device),
             "dtype": self.dtype,
+            "moments": self.moments,
             "augment": self.augment,
             "order": self.order,
             "drop_last": self.drop_last,

@@ -15,7 +15,7 @@ from fastmnist.beton.reader import Beton
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.kernels import gather, gather_float32, gather_looked_up, mend_array_types
-from fastmnist.loader.normalise import normalisation_table
+from fastmnist.loader.normalise import Moments, normalisation_table
 from fastmnist.loader.warp import gather_warped
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -153,20 +153,27 @@ class HostGatherer:
         lag: samples of earlier parts that may not be gathered yet when the next part is taken.
 
     Args:
-        file: whose labels and moments are used.
+        file: whose labels are used.
         batch_size: of all batches but the last.
         dtype: uint8, or a float type for normalised values.
         augment: applied to the images, which are computed in float32 then.
         threads: that gather; 0 takes as many as pay.
+        moments: to normalise with; needed for a float dtype.
     """
 
     def __init__(
-        self, file: Beton, batch_size: int, dtype: torch.dtype, augment: Augmentation | None, threads: int
+        self,
+        file: Beton,
+        batch_size: int,
+        dtype: torch.dtype,
+        augment: Augmentation | None,
+        threads: int,
+        moments: Moments | None = None,
     ) -> None:
         self._labels, self._batch_size, self._dtype = file.labels, batch_size, dtype
         self._gathered_dtype = dtype if augment is None else torch.float32
         self._kernel: Callable[..., None]
-        self._kernel, self._constants = _kernel(file, dtype, augment)
+        self._kernel, self._constants = _kernel(file.image_shape, dtype, augment, moments)
         batch_bytes = batch_size * file.image_size * self._gathered_dtype.itemsize
         together = max(1, min(MOST_TOGETHER, CALL_BYTES // batch_bytes))
         self._step = together * batch_size
@@ -229,17 +236,18 @@ def _gather(kernel: Callable[..., None], part: Part, constants: tuple[Any, ...],
 
 
 def _kernel(
-    file: Beton, dtype: torch.dtype, augment: Augmentation | None
+    shape: tuple[int, int, int], dtype: torch.dtype, augment: Augmentation | None, moments: Moments | None
 ) -> tuple[Callable[..., None], tuple[Any, ...]]:
     """The kernel that gathers a batch as `dtype`, and its arguments before `out`."""
-    if augment is not None:
-        mean, std = (np.array(values) for values in file.moments)
-        scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-        height, width, _ = file.image_shape
-        return gather_warped, (augment.strengths, height, width, scale, bias)
     if dtype == torch.uint8:
         return gather, ()
+    assert moments is not None
+    if augment is not None:
+        mean, std = (np.array(values) for values in moments)
+        scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        height, width, _ = shape
+        return gather_warped, (augment.strengths, height, width, scale, bias)
     if dtype == torch.float32:
-        mean, std = (np.array(values, np.float32) for values in file.moments)
+        mean, std = (np.array(values, np.float32) for values in moments)
         return gather_float32, (mean, std)
-    return gather_looked_up, (normalisation_table(*file.moments, dtype),)
+    return gather_looked_up, (normalisation_table(*moments, dtype),)

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 
 from fastmnist.beton.reader import Beton, Verify
+from fastmnist.errors import ConfigError
+from fastmnist.loader.as_dataloader import LoaderBatchSampler, LoaderDataset, collate, positions_of, refuse_arguments
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.device import DeviceGatherer, Finish, PinnedCopier, PlainCopier
 from fastmnist.loader.epochs import DTYPES, Batch, EpochLoader, check_choice
 from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.host import HostGatherer, Part, SampleCopy
 from fastmnist.loader.kernels import mend_array_types
+from fastmnist.loader.normalise import AnyMoments
 from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
 from fastmnist.loader.windows import WindowReader
 from fastmnist.loader_settings import OURS, checked_numbers
@@ -48,6 +51,9 @@ class Loader(EpochLoader):
             the memory map, on a GPU through pinned memory and a copy stream; "auto" is resident on a device whose
             free memory is at least twice the images, and streams otherwise and on CPU.
         dtype: torch.uint8, the stored values; or float32, float16, bfloat16: (value / 255 - mean) / std.
+        moments: mean and std of a float dtype: a file, usually that of the training images, or (mean, std), each one
+            number per channel. None takes the file's own if it is a training split ("train" in the file); for any other
+            file they must be given, since a test set normalised by its own moments is not what the model learned.
         augment: random shift, rotation and scale of each image before it is normalised; needs a float dtype. A sample's
             draw depends on (seed, epoch, sample) alone.
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
@@ -76,7 +82,7 @@ class Loader(EpochLoader):
     >>> from fastmnist import Loader, write_beton
     >>> folder = tempfile.TemporaryDirectory()
     >>> images, labels = np.zeros((100, 28, 28), np.uint8), np.arange(100) % 10
-    >>> path = write_beton(f"{folder.name}/example.beton", images, labels)
+    >>> path = write_beton(f"{folder.name}/example.beton", images, labels, split="train")
     >>> loader = Loader(path, batch_size=32, device="cpu", dtype=torch.float32)
     >>> len(loader)
     4
@@ -112,6 +118,7 @@ class Loader(EpochLoader):
         device: str | torch.device | None = None,
         placement: Literal["auto", "resident", "stream"] = "auto",
         dtype: torch.dtype = torch.uint8,
+        moments: AnyMoments | None = None,
         augment: Augmentation | None = None,
         order: Literal["auto"] | Kind = "auto",
         threads: int = 0,
@@ -122,7 +129,14 @@ class Loader(EpochLoader):
         uneven: Uneven = "pad",
         indices: Sequence[int] | np.ndarray | None = None,
         verify: Verify = "size",
+        **other: Any,
     ) -> None:
+        refuse_arguments(other)
+        if not isinstance(data, (str, os.PathLike, Beton)):
+            raise ConfigError(
+                f"Loader reads a compiled file, no {type(data).__name__}; fastmnist.write_beton(path, images, labels) "
+                "writes one (docs/your-data.md)"
+            )
         threads, prefetch = checked_numbers(OURS, threads=threads, prefetch=prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
         file, target = data if isinstance(data, Beton) else Beton(data, verify), choose_device(device)
@@ -138,6 +152,7 @@ class Loader(EpochLoader):
             seed=seed,
             device=target,
             dtype=dtype,
+            moments=moments,
             augment=augment,
             order=order,
             drop_last=drop_last,
@@ -150,6 +165,8 @@ class Loader(EpochLoader):
         self.placement, self.threads, self.prefetch = placement, threads, prefetch
         self._page_reader = Helpers(1)
         self._planned: tuple[int, Task] | None = None  # the next epoch's plan, in the making
+        self._draws: tuple[int, np.ndarray] | None = None  # of an epoch's augmentation, for `gather`
+        self._sampled_epoch = 0  # that `batch_sampler` began last
         self._data, self._offsets = file.data, file.offsets
         self._memory = self._make_memory()
 
@@ -162,8 +179,8 @@ class Loader(EpochLoader):
                 copy = SampleCopy(file, self.indices)
                 copy.images.flags.writeable = False  # as the map, so that one compiled kernel serves both
                 self._data, self._offsets = copy.images.reshape(-1), copy.places * file.image_size
-            return HostGatherer(file, self.batch_size, self.dtype, self.augment, self.threads)
-        finish = Finish(file, self.dtype, self.augment, self.device)
+            return HostGatherer(file, self.batch_size, self.dtype, self.augment, self.threads, self.moments)
+        finish = Finish(file.image_shape, self.dtype, self.augment, self.device, self.moments)
         if resident:
             self._data, self._offsets = np.empty(0, np.uint8), np.empty(0, np.int64)
             return DeviceGatherer(SampleCopy(file, self.indices), finish, self.device, self.batch_size)
@@ -223,6 +240,42 @@ class Loader(EpochLoader):
             else:
                 yield Part(rows, draws, reader.data, reader.offsets(rows, start), np.arange(len(rows)))
             self._plan_ahead(plan.epoch + 1)
+
+    @property
+    def dataset(self) -> LoaderDataset:
+        """The samples one by one, as code for DataLoader expects them: len(loader.dataset), .classes, [i]."""
+        return LoaderDataset(self)
+
+    sampler, num_workers, prefetch_factor = None, 0, None  # a DataLoader's, with a batch sampler of its own
+    collate_fn = staticmethod(collate)
+
+    @property
+    def batch_sampler(self) -> LoaderBatchSampler:
+        """The next epoch as positions in `dataset`: a DataLoader of both, and `collate_fn`, hands out the same batches.
+
+        accelerate's `skip_first_batches` makes such a DataLoader.
+        """
+        return LoaderBatchSampler(lambda: self._loop(self._positions), len(self))
+
+    def _positions(self, plan: EpochPlan, first: int) -> Iterator[list[int]]:
+        self._sampled_epoch = plan.epoch
+        positions = positions_of(plan.rows[: self._taken], self.indices)
+        for start in range(first * self.batch_size, self._taken, self.batch_size):
+            yield positions[start : start + self.batch_size].tolist()
+
+    def gather(self, rows: np.ndarray) -> Batch:
+        """The samples `rows` (n,) int64 of the file, each one of `indices`, as a batch; augmented as of `dataset`."""
+        self._check_open()
+        if self.needs_file:
+            self.file.check_unchanged()
+        draws, epoch = None, self._sampled_epoch
+        if self.augment is not None:
+            if self._draws is None or self._draws[0] != epoch:
+                self._draws = epoch, self.augment.draw(len(self.file), self.seed, epoch)
+            draws = self._draws[1][rows]
+        part = Part(rows, draws, self._data, self._offsets, rows)
+        images, labels = zip(*self._memory.batches(iter([part])), strict=True)
+        return torch.cat(images), torch.cat(labels)
 
     def close(self) -> None:
         self._memory.close()

@@ -1,11 +1,18 @@
-"""Normalisation of pixel values, bit for bit torchvision's: on a device, and as a table for the host."""
+"""Normalisation of pixel values, bit for bit torchvision's: by which moments, on a device, as a table for the host."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from fastmnist.beton.reader import Beton
+from fastmnist.errors import ConfigError
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std), one of each per channel, of values in [0, 1]
+AnyMoments = str | os.PathLike[str] | Beton | Sequence[Sequence[float] | float]  # what `moments=` takes
 
 
 class Normaliser:
@@ -35,3 +42,40 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torc
     values = Normaliser(mean, std)(every_byte, dtype)
     table: np.ndarray = values.reshape(len(mean), 256).contiguous().view(torch.int16).numpy()
     return table
+
+
+def choose_moments(file: Beton, moments: AnyMoments | None) -> Moments:
+    """The moments that images of `file` are normalised with.
+
+    Args:
+        moments: a file, whose own are taken; or (mean, std), each one number per channel, of pixel values scaled to
+            [0, 1]. None takes those of `file`, if that is a training split.
+
+    Raises:
+        ConfigError: no moments are given for another file than a training split, or they do not fit its channels.
+        DataError: the file that `moments` names cannot be used.
+    """
+    if moments is None:
+        if not (file.integrity and file.integrity.split.startswith("train")):
+            split = f"the split {file.integrity.split!r}" if file.integrity and file.integrity.split else "no split"
+            raise ConfigError(
+                f"{file.path} names {split}, not 'train': give moments=, the file of the training images or "
+                "(mean, std), so that training and test images are normalised alike"
+            )
+        return file.moments
+    if isinstance(moments, (str, os.PathLike)):
+        with Beton(moments) as other:
+            return choose_moments(file, other.moments)
+    if isinstance(moments, Beton):
+        return choose_moments(file, moments.moments)
+    channels = file.image_shape[2]
+    try:
+        mean, std = (tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in moments)
+    except (TypeError, ValueError):
+        raise ConfigError(f"moments {moments!r} are no file and no pair (mean, std) of numbers per channel") from None
+    if not len(mean) == len(std) == channels or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise ConfigError(
+            f"moments {mean}, {std} do not fit {file.path}: it has {channels} channels, each needs a finite mean and "
+            "a standard deviation above 0"
+        )
+    return mean, std

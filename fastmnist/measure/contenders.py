@@ -92,7 +92,7 @@ class Source:
             if "dtype" in settings:
                 settings["dtype"] = getattr(torch, settings["dtype"])
             loader: EpochLoader = LOADERS[contender.loader](
-                data, batch_size, seed=seed, device=device, rank=0, world_size=1, **settings
+                data, batch_size, seed=seed, device=device, rank=0, world_size=1, moments=data, **settings
             )
             self._loader = loader
             self._make = lambda epoch: iter(loader)

@@ -161,6 +161,7 @@ class Session:
                 seed=seed,
                 indices=training,
                 drop_last=True,
+                moments=files.train,
                 **common,
                 **loader_arguments(config),
             ),

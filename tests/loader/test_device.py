@@ -144,7 +144,9 @@ def expected_batches(file: Beton, first: int = 0, **options: Any) -> list[tuple[
 @pytest.mark.parametrize("first", [0, 6])
 def test_a_batch_is_handed_over_behind_its_copy_and_kept_for_the_consumers_stream(cuda, file, prefetch, first):
     expected = expected_batches(file, first)
-    batches = pinned(file, Finish(file, torch.uint8, None, CPU), prefetch).batches(parts_of(file, first=first))
+    batches = pinned(file, Finish(file.image_shape, torch.uint8, None, CPU), prefetch).batches(
+        parts_of(file, first=first)
+    )
     number = 0
     for number, (images, labels) in enumerate(batches, 1):
         assert len(cuda.consumer.waited) == number
@@ -163,7 +165,7 @@ def test_a_batch_is_handed_over_behind_its_copy_and_kept_for_the_consumers_strea
 def test_pinned_memory_is_not_filled_again_before_its_copy(cuda, file, prefetch):
     """The consumer's work comes last of all."""
     expected = expected_batches(file)
-    found = list(pinned(file, Finish(file, torch.uint8, None, CPU), prefetch).batches(parts_of(file)))
+    found = list(pinned(file, Finish(file.image_shape, torch.uint8, None, CPU), prefetch).batches(parts_of(file)))
     cuda.consumer.work()
     assert_same_batches(found, expected)
 
@@ -174,7 +176,9 @@ def test_pinned_memory_is_not_filled_again_before_its_copy(cuda, file, prefetch)
 def test_images_are_finished_on_the_device(cuda, file, memory, dtype, augment):
     cuda.late = False
     expected = expected_batches(file, dtype=dtype, augment=augment)
-    found = list(memory(file, Finish(file, dtype, augment, CPU)).batches(parts_of(file, augment)))
+    found = list(
+        memory(file, Finish(file.image_shape, dtype, augment, CPU, file.moments)).batches(parts_of(file, augment))
+    )
     for (images, labels), (expected_images, expected_labels) in zip(found, expected, strict=True):
         assert torch.equal(labels, expected_labels)
         assert images.dtype == dtype
@@ -184,12 +188,12 @@ def test_images_are_finished_on_the_device(cuda, file, memory, dtype, augment):
 
 @pytest.mark.parametrize("memory", [plain, resident])
 def test_other_memories_hand_out_the_same_bytes(file, memory):
-    found = list(memory(file, Finish(file, torch.uint8, None, CPU)).batches(parts_of(file)))
+    found = list(memory(file, Finish(file.image_shape, torch.uint8, None, CPU)).batches(parts_of(file)))
     assert_same_batches(found, expected_batches(file))
 
 
 def test_resident_batches_may_be_larger(file):
-    found = list(resident(file, Finish(file, torch.uint8, None, CPU)).batches(parts_of(file), 3 * BATCH))
+    found = list(resident(file, Finish(file.image_shape, torch.uint8, None, CPU)).batches(parts_of(file), 3 * BATCH))
     expected = expected_batches(file)
     assert [len(labels) for _, labels in found] == [24, 24, 24, 24, 5]
     for part in (0, 1):
