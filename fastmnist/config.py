@@ -31,7 +31,8 @@ class DataConfig:
     """Data and loader"""
 
     dataset: Optional[str] = None
-    """mnist, fashion, kmnist, qmnist, emnist-<split> or digits; by default mnist, or digits if mnist is unavailable."""
+    """mnist, fashion, kmnist, qmnist, emnist-<split>, digits, or <name> for <name>-train.beton and <name>-test.beton in
+    the data folder; by default mnist, or digits if mnist is unavailable."""
 
     data_dir: Optional[str] = None
     """Folder with IDX files (.gz or not; torchvision's MNIST/raw layout too) or with compiled files; by default

@@ -80,6 +80,10 @@ def test_readme_s_loader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found: dict[str, object] = {}
     exec(code[0], found)
     assert tuple(found["images"].shape) == (157, 1, 28, 28)  # type: ignore[attr-defined]  # 1,437 = 5 x 256 + 157
+    assert abs(float(found["images"].mean())) < 0.2  # type: ignore[attr-defined]  # normalised
+    weights = found["model"].state_dict().values()  # type: ignore[attr-defined]
+    assert all(weight.isfinite().all() for weight in weights)
+    assert found["loss"].item() < 2.3  # type: ignore[attr-defined]  # of guessing
     found["loader"].close()  # type: ignore[attr-defined]
 
 

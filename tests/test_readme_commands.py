@@ -60,9 +60,15 @@ def stopped(words: list[str], ready: Callable[[str], bool]) -> str:
 
 @pytest.mark.slow
 def test_every_command_of_the_pages(
-    write_dataset: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, npm: str
+    write_dataset: Callable[..., Any],
+    write_small_beton: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    npm: str,
 ) -> None:
     write_dataset(tmp_path / "data", train=600, test=100)
+    for split in ("train", "test"):  # the example of docs/your-data.md
+        write_small_beton(tmp_path / "data" / f"pets-{split}.beton", 300, (32, 32, 3), split=split)
     monkeypatch.setenv("FASTMNIST_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(bench, "QUICK", bench.Plan(1.0, 2, 1))
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from fastmnist.beton.moments import Moments
 from fastmnist.errors import DataError
 from fastmnist.files import replacing
 
+# An array with at most so many rows and at least so many columns and channels has its channels first.
+MOST_PLANES, LEAST_SIDE = 4, 12
 STREAMED = 1 << 28  # bytes; a larger file is written to the disk while its later pages are made
 
 Progress = Callable[[int, int], None]  # (samples written, samples in all)
@@ -58,7 +60,7 @@ class Page(NamedTuple):
 def write_beton(
     path: str | os.PathLike[str],
     images: np.ndarray | ImageStream,
-    labels: np.ndarray,
+    labels: np.ndarray | Sequence[int] | None = None,
     *,
     class_names: Sequence[str] = (),
     dataset: str = "",
@@ -78,7 +80,8 @@ def write_beton(
 
     Args:
         path: the file to write; a missing folder is made, an older file is replaced.
-        images: (N, H, W) or (N, H, W, C) uint8: an array, a memory map, or a stream of blocks.
+        images: (N, H, W) or (N, H, W, C) uint8: an array, a memory map, or a stream of blocks. docs/your-data.md has
+            the way from tensors, datasets and folders.
         labels: (N,) integers, from 0.
         class_names: one name per class; labels must then be below their number.
         dataset, split, source: texts kept in the file. A float `Loader` of the split "train" normalises by the file's
@@ -87,12 +90,12 @@ def write_beton(
         progress: called with (samples written, N) after each page.
 
     Raises:
-        DataError: images and labels do not fit together, a label is out of range, or a stream yields other blocks than
-            it announced.
+        DataError: images are no array of that kind, (N, C, H, W) included; images and labels do not fit together; a
+            label is out of range; or a stream yields other blocks than it announced.
         FastmnistError: the file cannot be written.
     """
     path = Path(path)
-    stream = ArrayStream(images) if isinstance(images, np.ndarray) else images
+    stream = ArrayStream(images) if isinstance(images, np.ndarray) else _checked_stream(images, path)
     labels = _checked_labels(stream, labels, class_names, path)
     image_shape = stream.shape[1:]
     layout = Layout(
@@ -156,19 +159,46 @@ def _pages(stream: ImageStream, layout: Layout, path: Path) -> Iterator[Page]:
         yield Page(content, zlib.crc32(content.data), moments)
 
 
-def _checked_labels(stream: ImageStream, labels: np.ndarray, class_names: Sequence[str], path: Path) -> np.ndarray:
+def _checked_stream(images: Any, path: Path) -> ImageStream:
+    """`images` if they are a stream; DataError for tensors, lists, datasets and anything else, with what to call."""
+    if callable(getattr(images, "blocks", None)):
+        stream: ImageStream = images
+        return stream
+    if hasattr(images, "detach"):
+        way = "give tensor.cpu().numpy(), or .permute(0, 2, 3, 1) of it first if it is (N, C, H, W)"
+    elif isinstance(images, (list, tuple)):
+        way = "give np.stack(images)"
+    elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        way = "give np.stack([np.asarray(image) for image, label in dataset]) and [label for image, label in dataset]"
+    else:
+        way = "give an array, or a stream with `shape` and `blocks(rows)`"
+    raise DataError(f"{path}: images come as {type(images).__name__}, not as an array; {way} (docs/your-data.md)")
+
+
+def _checked_labels(
+    stream: ImageStream, labels: np.ndarray | Sequence[int] | None, class_names: Sequence[str], path: Path
+) -> np.ndarray:
+    if labels is None:
+        raise DataError(f"{path}: the images come without labels; give one integer per image")
     labels = np.asarray(labels)
     if len(stream.shape) not in (3, 4) or not all(stream.shape) or max(stream.shape[1:]) > MAX_SIDE:
         raise DataError(
             f"{path}: images have shape {stream.shape}; (N, H, W) or (N, H, W, C) is needed, none 0, the last ones at "
             f"most {MAX_SIDE}"
         )
+    if len(stream.shape) == 4 and stream.shape[1] <= MOST_PLANES < LEAST_SIDE <= min(stream.shape[2:]):
+        raise DataError(
+            f"{path}: images have shape {stream.shape}: (N, C, H, W), it seems; give images.transpose(0, 2, 3, 1)"
+        )
     if isinstance(stream, ArrayStream) and stream.images.dtype != np.uint8:
-        raise DataError(f"{path}: images are {stream.images.dtype}; uint8 is needed")
+        raise DataError(
+            f"{path}: images are {stream.images.dtype}; uint8 is needed: np.round(images * 255).astype(np.uint8) for "
+            "values of 0 to 1"
+        )
     if labels.shape != stream.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{path}: {stream.shape[0]} images come with labels of shape {labels.shape}, {labels.dtype}; "
-            "one integer per image is needed"
+            "one integer per image is needed (for other targets its row, np.arange(N), to look them up by)"
         )
     upper = len(class_names) or np.iinfo(np.int64).max
     wrong = np.flatnonzero((labels < 0) | (labels >= upper))

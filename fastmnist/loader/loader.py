@@ -259,8 +259,8 @@ class Loader(EpochLoader):
 
     def _positions(self, plan: EpochPlan, first: int) -> Iterator[list[int]]:
         self._sampled_epoch = plan.epoch
-        positions = positions_of(plan.rows[: self._taken], self.indices)
-        for start in range(first * self.batch_size, self._taken, self.batch_size):
+        positions = positions_of(plan.rows[: self._taken(plan)], self.indices)
+        for start in range(first * self.batch_size, len(positions), self.batch_size):
             yield positions[start : start + self.batch_size].tolist()
 
     def gather(self, rows: np.ndarray) -> Batch:

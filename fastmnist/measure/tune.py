@@ -228,8 +228,8 @@ def tune(
             begun=begun,
         )
         search = halving.run()
-        on = tuned_on(setup.device, setup.files.train.image_shape, str(setup.config.dataset))
-        origins = origin(setup.device) | {"device": str(setup.device), "dataset": setup.config.dataset}
+        on = tuned_on(setup.device, setup.files.train.image_shape, setup.files.dataset)
+        origins = origin(setup.device) | {"device": str(setup.device), "dataset": setup.files.dataset}
     what = f"batches of {config.batch_size} images"
     if not loader_only:
         what = f"training steps of {config.model}, {what}"

@@ -69,11 +69,14 @@ def prepare(
 ) -> Prepared:
     """The files to train on: from the named folder, the cache, a download, or the embedded digits, in this order.
 
+    dataset: a name from `datasets.NAMES`, or of files <dataset>-train.beton and <dataset>-test.beton in the folder.
+
     Raises:
         DataError: the dataset that was asked for cannot be had, or a file of it is damaged.
     """
-    name = datasets.check_name(dataset or "mnist")
-    cache, folder, note = cache_folder(cache_dir), data_folder(data_dir), ""
+    name, cache, folder, note = dataset or "mnist", cache_folder(cache_dir), data_folder(data_dir), ""
+    if name not in datasets.NAMES:
+        return _from_own_files(name, folder or cache)
     if name != FALLBACK:
         if folder is not None:
             if not folder.is_dir():
@@ -155,6 +158,17 @@ def _from_beton_files(name: str, folder: Path) -> Prepared:
                 f"{folder}: holds neither the IDX files of {name} nor {path.name}; give another --data-dir, "
                 f"or write that file with fastmnist compile --dataset {name} --output {folder}"
             )
+    return Prepared(name, paths[0], paths[1])
+
+
+def _from_own_files(name: str, folder: Path) -> Prepared:
+    """Files that `write_beton` wrote under a name that is no dataset's."""
+    paths = [beton_path(name, split, folder) for split in datasets.SPLITS]
+    if Path(name).name != name or not all(path.is_file() for path in paths):
+        raise DataError(
+            f"unknown dataset {name!r}: there are {', '.join(datasets.NAMES)}, and {folder} does not hold "
+            f"{' and '.join(path.name for path in paths)}; --data-dir names the folder of such files"
+        )
     return Prepared(name, paths[0], paths[1])
 
 

@@ -178,7 +178,7 @@ class _Repeated:
     def describe(self) -> str:
         session, trainer = self.session, self.trainer
         return (
-            f"{self.config.dataset}, {self.config.model}, {session.parameters:,} parameters; {trainer.steps:,} steps "
+            f"{session.files.dataset}, {self.config.model}, {session.parameters:,} parameters; {trainer.steps:,} steps "
             f"of {self.config.batch_size} images on {trainer.device}, mixed precision {session.precision.name}, "
             f"compile {self.mode} ({self.reason})"
         )
@@ -191,7 +191,7 @@ class _Repeated:
             "amp": self.session.precision.name,
             "compile": self.mode,
             "compile_reason": self.reason,
-            "dataset": self.config.dataset,
+            "dataset": self.session.files.dataset,
             "parameters": self.session.parameters,
             "steps": self.trainer.steps,
             "train_images": len(self.trainer.loader.indices),

@@ -229,7 +229,7 @@ class _Run:
         self.records = self.folder.forget_after(self.trainer.step)
 
     def _compare_with_tuning(self) -> None:
-        here = tuned_on(self.session.device, self.files.train.image_shape, str(self.config.dataset))
+        here = tuned_on(self.session.device, self.files.train.image_shape, self.files.dataset)
         if self.config.tuned_on not in (None, here):
             self.reporter.say(
                 f"Warning: the loader's settings were tuned on {self.config.tuned_on}; this is {here}. They work, but "
@@ -254,7 +254,7 @@ class _Run:
         held_out = f" ({config.val_size:,} held out for validation)" if config.val_size else ""
         epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:.3g} epochs"
         self.reporter.say(
-            f"{config.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
+            f"{self.files.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
             f"images; {config.model}, {self.session.parameters:,} parameters; {epochs}, {trainer.steps:,} steps of "
             f"{config.batch_size} images, on {trainer.device}"
         )
@@ -372,7 +372,7 @@ class _Run:
             "compile": self.compile_mode,
             "compile_reason": self.compile_reason,
             "loader": config.loader,
-            "dataset": config.dataset,
+            "dataset": self.files.dataset,
             "data_note": self.files.note,
             "train_images": len(self.loaders.train.indices),
             "val_images": config.val_size,

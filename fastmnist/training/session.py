@@ -43,11 +43,16 @@ MOST_EPOCHS = 20
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The two files of a dataset; note says why it is this dataset, and is empty when the user named it."""
+    """The two files of a dataset.
+
+    note: says why it is this dataset; empty when the user named it. dataset: the name stored in the training file, or
+    that of the files where it stores none.
+    """
 
     train: Beton
     test: Beton
     note: str
+    dataset: str
 
     def close(self) -> None:
         self.train.close()
@@ -206,7 +211,8 @@ class Session:
                 f"training images, which leaves {max(images, 0):,}, less than one batch; make either smaller"
             )
         passes = config.images_seen / images
-        return RunFiles(train, test, prepared.note), replace(
+        stored = train.integrity.dataset if train.integrity else ""
+        return RunFiles(train, test, prepared.note, stored or prepared.dataset), replace(
             config,
             dataset=prepared.dataset,
             data_dir=_absolute(config.data_dir),

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,7 +68,8 @@ def tiny(scratch, write_small_beton):
 
 @given(
     count=st.integers(1, 60),
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)) | st.tuples(*[st.integers(1, 20)] * 3),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40))
+    | st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 11)),  # more channels may be columns
     page_size=st.sampled_from([1, 512, 1024, 4096, 1 << 16]),
     seed=st.integers(0, 9),
 )
@@ -183,6 +185,57 @@ def test_bad_samples_are_refused_before_anything_is_written(tmp_path):
         assert text in str(error.value)
         assert "bad.beton" in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+class Pairs:
+    """As a torch Dataset: images and labels by index."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index >= 3:
+            raise IndexError(index)
+        return np.full((8, 9), index, np.uint8), index
+
+
+COLOURS = np.arange(3 * 3 * 12 * 13, dtype=np.uint32).astype(np.uint8).reshape(3, 3, 12, 13)  # (N, C, H, W)
+
+
+@pytest.mark.parametrize(
+    ("images", "advice"),
+    [
+        (torch.from_numpy(COLOURS[:, 0]), r"tensor\.cpu\(\)\.numpy\(\)"),
+        (list(COLOURS[:, 0]), r"np\.stack\(images\)"),
+        (Pairs(), r"for image, label in dataset"),
+        (iter(COLOURS), "array, or a stream"),
+        (COLOURS, r"images\.transpose\(0, 2, 3, 1\)"),
+        (Blocks(COLOURS.shape, COLOURS), r"images\.transpose\(0, 2, 3, 1\)"),
+        (COLOURS[:, 0] / np.float32(255), "np.round"),
+    ],
+)
+def test_images_that_come_otherwise_are_refused_with_what_to_call(tmp_path, images, advice):
+    with pytest.raises(DataError, match=advice):
+        write_beton(tmp_path / "a.beton", images, np.arange(3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_without_labels_are_refused(tmp_path):
+    with pytest.raises(DataError, match="one integer per image"):
+        write_beton(tmp_path / "a.beton", COLOURS[:, 0])
+    with pytest.raises(DataError, match="for image, label in dataset"):
+        write_beton(tmp_path / "a.beton", Pairs())
+
+
+def test_what_the_advice_gives_is_written(tmp_path):
+    pairs = Pairs()
+    images, labels = np.stack([np.asarray(image) for image, label in pairs]), [label for image, label in pairs]
+    with Beton(write_beton(tmp_path / "a.beton", images, labels)) as file:
+        np.testing.assert_array_equal(file.images(np.arange(3))[..., 0], images)
+        assert file.labels.tolist() == labels
+    for colours in (COLOURS.transpose(0, 2, 3, 1), torch.from_numpy(COLOURS).permute(0, 2, 3, 1).numpy()):
+        with Beton(write_beton(tmp_path / "b.beton", colours, labels)) as file:
+            np.testing.assert_array_equal(file.images(np.arange(3)), colours)
 
 
 @pytest.mark.parametrize("page_size", [0, -1024, 1000, 3])

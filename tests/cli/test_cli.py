@@ -73,6 +73,19 @@ def test_a_good_run_is_good(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "40 samples" in capsys.readouterr().out
 
 
+def test_a_run_on_files_of_ones_own_says_the_name_stored_in_them(
+    tmp_path: Path, write_small_beton: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, stored in (("train", "roman numerals"), ("test", "")):
+        write_small_beton(tmp_path / f"rome-{split}.beton", 40, classes=5, dataset=stored, split=split)
+    out = tmp_path / "run"
+    loud = [flag for flag in SMALL if flag != "--quiet"]
+    assert main(["train", "--dataset", "rome", "--data-dir", str(tmp_path), "--out", str(out), *loud]) == 0
+    assert "roman numerals: 40 training images" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["dataset"] == "roman numerals"
+    assert main(["evaluate", str(out)]) == 0  # finds the files again by the name that was given
+
+
 def test_the_tables_of_an_evaluation() -> None:
     confusion = np.array([[5, 0, 3], [0, 0, 0], [1, 0, 1]])
     console = Console(record=True, width=120)

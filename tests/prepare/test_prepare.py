@@ -57,6 +57,27 @@ def flip_a_bit(path) -> None:
     path.write_bytes(content)
 
 
+# Files under a name of their own
+
+
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_files_of_any_name_are_a_dataset(tmp_path, cache, write_small_beton, where):
+    folder = tmp_path / "folder" if where == "folder" else cache
+    for split in SPLITS:
+        write_small_beton(folder / f"pets-{split}.beton", split=split, dataset="cats and dogs")
+    found = prepare("pets", str(folder) if where == "folder" else None)
+    assert (found.dataset, found.train, found.test) == ("pets", *(folder / f"pets-{split}.beton" for split in SPLITS))
+
+
+@pytest.mark.parametrize("name", ["pets", "../both"])
+def test_a_name_of_no_dataset_and_of_no_files_is_refused_with_what_there_is(tmp_path, write_small_beton, name):
+    write_small_beton(tmp_path / "folder" / "pets-train.beton")
+    for split in SPLITS:
+        write_small_beton(tmp_path / f"both-{split}.beton")
+    with pytest.raises(DataError, match=r"mnist.*digits.*-test\.beton"):
+        prepare(name, str(tmp_path / "folder"))
+
+
 # compile_dataset
 
 

@@ -1,0 +1,212 @@
+"""The code of docs/your-data.md and docs/your-loop.md, run as it stands; each loop also stopped and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+from torchvision.transforms.functional import normalize
+
+import fastmnist
+from fastmnist.cli.main import main
+from fastmnist.loader.as_dataloader import INSTEAD
+from tests.conftest import skip_or_fail
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def sections(page: str) -> dict[str, str]:
+    """{heading: its code}; the code before the first heading has the page's title."""
+    parts = re.split(r"^#+ (.+)$", (DOCS / page).read_text(), flags=re.M)[1:]
+    found = zip(parts[::2], parts[1::2], strict=True)
+    return {
+        name: "".join(re.findall(r"```python\n(.*?)```", text, re.S)) for name, text in found if "```python" in text
+    }
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        skip_or_fail("peers", f"{package} is not installed; pip install 'fastmnist[peers]'")
+
+
+def assert_normalised(loader: Any, moments: Any) -> None:
+    """The loader's first batch has its file's images, normalised by torchvision with these moments."""
+    images, _, rows = next(loader.chunks())
+    stored = torch.from_numpy(loader.file.images(rows.cpu().numpy())).permute(0, 3, 1, 2)
+    assert torch.equal(images.cpu(), normalize(stored / 255, *moments))
+
+
+# Your data
+
+
+@pytest.fixture
+def photos() -> None:
+    """A folder of class folders."""
+    for name, value in (("cat", 30), ("dog", 200)):
+        (Path("photos") / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40 + number, 48), (value, number, 7)).save(Path("photos") / name / f"{number}.png")
+
+
+def test_your_data(photos: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    for heading, code in sections("your-data.md").items():
+        if heading != "Hugging Face":
+            exec(code, names)
+        if heading == "Arrays":
+            train = names["loader"].file
+            assert next(iter(names["loader"]))[0].shape == (64, 3, 32, 32)
+            assert train.class_names == ("cat", "cow", "dog", "hen")
+            assert_normalised(names["loader"], train.moments)
+            assert_normalised(names["test_loader"], train.moments)
+            assert names["test_loader"].file.moments != train.moments
+            monkeypatch.delenv("FASTMNIST_DATA", raising=False)
+            run = [
+                "--images-seen",
+                "200",
+                "--batch-size",
+                "64",
+                "--model",
+                "small-cnn",
+                "--val-size",
+                "0",
+                "--out",
+                "run",
+                "--quiet",
+            ]
+            assert main(["train", "--dataset", "pets", "--data-dir", "data", *run]) == 0
+    with fastmnist.Beton("data/tensors.beton") as file:
+        assert torch.equal(torch.from_numpy(file.images(np.arange(1000))).permute(0, 3, 1, 2), names["tensors"])
+    with fastmnist.Beton("data/photos.beton") as file:
+        assert file.class_names == ("cat", "dog")
+        assert file.images(np.arange(6))[:, 5, 5, 0].tolist() == [30] * 3 + [200] * 3
+    with fastmnist.Beton("data/dataset.beton") as one, fastmnist.Beton("data/stream.beton") as other:
+        np.testing.assert_array_equal(one.images(np.arange(300)), other.images(np.arange(300)))
+    assert names["loss"].isfinite()
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_your_data_from_hugging_face(photos: None) -> None:
+    needs("datasets")
+    names: dict[str, Any] = {"np": np, "fastmnist": fastmnist}
+    exec(sections("your-data.md")["Hugging Face"], names)
+    with fastmnist.Beton("data/hub.beton") as file:
+        assert file.class_names == ("cat", "dog")
+        assert file.images(np.arange(6))[:, 5, 5, 0].tolist() == [30] * 3 + [200] * 3
+        assert file.labels.tolist() == [0] * 3 + [1] * 3
+
+
+# Your loop
+
+LOOPS = sections("your-loop.md")
+FIRST = LOOPS["Your own loop"]
+
+
+def test_your_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(FIRST, names)
+    loader, test_loader = names["loader"], names["test_loader"]
+    assert loader.epoch == 3
+    assert names["accuracy"]() > 0.5
+    for each in (loader, test_loader):
+        assert_normalised(each, loader.file.moments)
+    assert test_loader.file.moments != loader.file.moments
+    assert capsys.readouterr().out.count("% of the test images are right") == 3
+    for each in (loader, test_loader):
+        each.close()
+
+
+class Stopped(Exception):  # noqa: N818  # no error of the code
+    pass
+
+
+def run_loop(heading: str, stop: int | None = None) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """The names that the section's code leaves, and the labels of each batch; batch number `stop` raises Stopped."""
+    seen: list[torch.Tensor] = []
+
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if len(seen) == stop:
+            raise Stopped
+        seen.append(labels.clone())
+        return functional.cross_entropy(logits, labels)
+
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(FIRST.replace("range(3)", "range(0)"), names)  # the imports, the files, a model
+    names["functional"] = SimpleNamespace(cross_entropy=cross_entropy)
+    names["Path"] = Path
+    torch.manual_seed(0)
+    try:
+        exec(LOOPS[heading], names)
+    except Stopped:
+        assert stop is not None
+    for name in ("loader", "test_loader"):
+        names[name].close()
+    return names, seen
+
+
+@pytest.mark.parametrize(
+    ("heading", "needed", "model_of", "saved"),
+    [
+        ("Resume in the middle of an epoch", "torch", lambda names: names["model"], "checkpoint.pt"),
+        pytest.param(
+            "Lightning",
+            "lightning",
+            lambda names: names["trainer"].lightning_module.model,
+            "lightning/last.ckpt",
+            marks=[pytest.mark.peers, pytest.mark.filterwarnings("ignore")],
+        ),
+        pytest.param(
+            "accelerate",
+            "accelerate",
+            lambda names: names["model"],
+            "accelerate",
+            marks=[pytest.mark.peers, pytest.mark.filterwarnings("ignore")],
+        ),
+    ],
+)
+def test_a_loop_resumes_with_the_next_batch(
+    heading: str,
+    needed: str,
+    model_of: Callable[[dict[str, Any]], torch.nn.Module],
+    saved: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in the second of three epochs of 12 batches, saved last after 15 batches."""
+    needs(needed)
+    found = []
+    for folder, stops in (("whole", [None]), ("parts", [17, None])):
+        Path(folder).mkdir()
+        monkeypatch.chdir(folder)
+        for stop in stops:
+            names, seen = run_loop(heading, stop)
+            assert Path(saved).exists()
+        found.append((model_of(names).state_dict(), seen))
+        monkeypatch.chdir("..")
+    (whole, all_seen), (resumed, seen) = found
+    assert len(all_seen) == 36
+    assert len(seen) == 36 - 15
+    assert all(torch.equal(one, other) for one, other in zip(seen, all_seen[15:], strict=True))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_table_answers_each_argument() -> None:
+    text = (DOCS / "your-loop.md").read_text().partition("## From DataLoader")[2]
+    assert [name for name in INSTEAD if name not in text] == []
