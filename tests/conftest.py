@@ -30,8 +30,7 @@ import pytest
 REAL_DATA = os.environ.get("FASTMNIST_DATA", "")
 REQUIRED = {part.strip() for part in os.environ.get("FASTMNIST_REQUIRE", "").split(",") if part.strip()}
 FFCV_MISSING = (
-    "ffcv cannot be imported: apt-get install libopencv-dev libturbojpeg0-dev pkg-config, "
-    "then pip install 'fastmnist[ffcv]'"
+    "ffcv cannot be imported: apt-get install libopencv-dev libturbojpeg0-dev pkg-config, then pip install '.[ffcv]'"
 )
 
 # No deadline: the first call of a numba function compiles it. The same examples in every run: no test fails by chance.

@@ -1,4 +1,4 @@
-"""The code of docs/your-data.md and docs/your-loop.md, run as it stands; each loop also stopped and resumed."""
+"""The code of the pages under docs/, run as it stands; each loop also stopped and resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def needs(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        skip_or_fail("peers", f"{package} is not installed; pip install 'fastmnist[peers]'")
+        skip_or_fail("peers", f"{package} is not installed; pip install '.[peers]'")
 
 
 def assert_normalised(loader: Any, moments: Any) -> None:
@@ -205,6 +205,19 @@ def test_a_loop_resumes_with_the_next_batch(
     assert len(seen) == 36 - 15
     assert all(torch.equal(one, other) for one, other in zip(seen, all_seen[15:], strict=True))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# Doctor and tuner
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_doctor_and_tuner_train_a_copy(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(sections("tuning.md")["Doctor and tuner"], names)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert names["best"].settings["num_workers"] in (0, 1)
+    fresh = names["copy"].deepcopy(names["model"])
+    assert any(not torch.equal(*pair) for pair in zip(fresh.parameters(), names["trial"].parameters(), strict=True))
 
 
 def test_the_table_answers_each_argument() -> None:

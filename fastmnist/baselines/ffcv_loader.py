@@ -24,7 +24,7 @@ from fastmnist.loader_settings import FFCV, checked_numbers
 LIVENESS_SECONDS = 0.5  # between two checks that FFCV's thread still runs while its batch is waited for
 HOW_TO_GET_FFCV = (
     "on Debian and Ubuntu: apt-get install libopencv-dev libturbojpeg0-dev pkg-config, then "
-    "pip install 'fastmnist[ffcv]'; on Colab the same two lines, each with ! before it"
+    "pip install '.[ffcv]'; on Colab the same two lines, each with ! before it"
 )
 
 

@@ -72,7 +72,7 @@ def missing(peer: type[Peer]) -> str | None:
     try:
         version(peer.package)
     except PackageNotFoundError:
-        return f"the package {peer.package} is not installed; pip install 'fastmnist[{peer.extra}]'"
+        return f"the package {peer.package} is not installed; pip install '.[{peer.extra}]'"
     return None
 
 

@@ -116,7 +116,7 @@ def require_packages(*names: str, by: str) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(f"{by} needs the package {name} ({error}): pip install 'fastmnist[export]'") from error
+            raise ConfigError(f"{by} needs the package {name} ({error}): pip install '.[export]'") from error
 
 
 def write_onnx(classifier: Classifier, card: ModelCard, path: Path) -> Logits:

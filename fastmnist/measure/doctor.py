@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -185,7 +185,7 @@ def doctor(
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds {seconds}: must be more than 0")
     evidence = _Examination(loader, step, device).examine(seconds)
-    return Diagnosis(*judge(evidence), evidence)
+    return Diagnosis(*judge(evidence, "fastmnist.tune_loader"), evidence)
 
 
 def diagnose_training(config: TrainConfig, seconds: float = 6.0, reporter: Reporter | None = None) -> Diagnosis:
@@ -195,7 +195,8 @@ def diagnose_training(config: TrainConfig, seconds: float = 6.0, reporter: Repor
         FastmnistError: as `doctor` and `training_setup`.
     """
     with training_setup(config, reporter or Reporter(config.quiet)) as setup:
-        return doctor(setup.loaders.train, setup.step, seconds=seconds, device=setup.device)
+        found = doctor(setup.loaders.train, setup.step, seconds=seconds, device=setup.device)
+    return replace(found, verdict=judge(found.evidence, "fastmnist tune")[1])
 
 
 class _Examination:
@@ -382,8 +383,8 @@ def _saved(gain: float) -> float:
     return max(0.0, 1 - 1 / gain)
 
 
-def judge(evidence: Evidence) -> tuple[Kind, str]:
-    """The verdict, a pure function of the evidence.
+def judge(evidence: Evidence, tuner: str) -> tuple[Kind, str]:
+    """The verdict, a pure function of the evidence; it advises `tuner` for a slow loader.
 
     Too few cores come first if they cost more than data or copies would still cost with enough cores: they slow loader
     and model alike, which no comparison of the two shows. They do not count while a GPU has work left when the host is
@@ -406,7 +407,7 @@ def judge(evidence: Evidence) -> tuple[Kind, str]:
     if waiting:
         return "loader", (
             f"The model waits for data in {rough_percent(waiting)} of each step: a faster loader could train "
-            f"{_times(gain.median)} times as fast; try fastmnist tune."
+            f"{_times(gain.median)} times as fast; try {tuner}."
         )
     on_cpu = torch.device(evidence.device).type == "cpu"
     if on_cpu and host.idle_cores:

@@ -107,7 +107,7 @@ def tune_loader(
             it has one.
         space: the values of each setting, the simplest first: {"num_workers": [0, 1, 2, 4], "prefetch_factor": [2, 4]}.
         step: one training step with a batch as the loader yields it; None measures the loader alone. It changes the
-            weights: pass it a copy of your model.
+            weights: train a copy of your model (copy.deepcopy).
         budget: seconds in all; two settings are compared however long that takes.
         max_memory: bytes that loaders open at the same time may take; settings that take more are left out.
         ahead: batches that a loader with these settings may have ready; they are used up before a turn is timed. By

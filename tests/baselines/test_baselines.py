@@ -344,7 +344,7 @@ def test_without_ffcv_it_is_said_how_to_get_it(tmp_path, monkeypatch, capsys):
     assert len(said.splitlines()) == 1
     for words in (
         "apt-get install libopencv-dev libturbojpeg0-dev pkg-config",
-        "pip install 'fastmnist[ffcv]'",
+        "pip install '.[ffcv]'",
         "Debian and Ubuntu",
         "Colab",
     ):

@@ -122,7 +122,7 @@ def test_what_is_not_installed_is_named(name, monkeypatch):
     monkeypatch.setattr(peer, "package", "no-such-package-anywhere")
     lacking = missing(peer)
     assert "no-such-package-anywhere" in lacking
-    assert f"pip install 'fastmnist[{peer.extra}]'" in lacking
+    assert f"pip install '.[{peer.extra}]'" in lacking
 
 
 def test_names():

@@ -104,7 +104,7 @@ def test_errors_name_what_is_wrong(run: tuple[Path, float], tmp_path: Path, monk
     with pytest.raises(DataError, match=str(tmp_path / "nothing")):
         export(tmp_path / "nothing", "torchscript")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"--format onnx.*onnxruntime.*fastmnist\[export\]"):
+    with pytest.raises(ConfigError, match=r"--format onnx.*onnxruntime.*\.\[export\]"):
         export(run[0], "onnx")
 
 

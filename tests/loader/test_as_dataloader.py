@@ -95,7 +95,7 @@ def test_what_is_no_file_is_refused(data):
 @pytest.mark.parametrize("options", [SETTINGS["bytes"], SETTINGS["augmented"]], ids=["bytes", "augmented"])
 def test_accelerate_skips_the_first_batches(open_loader, options):
     if importlib.util.find_spec("accelerate") is None:
-        skip_or_fail("peers", "accelerate is not installed; pip install 'fastmnist[peers]'")
+        skip_or_fail("peers", "accelerate is not installed; pip install '.[peers]'")
     from accelerate import skip_first_batches
 
     loader, same = open_loader(**options), open_loader(**options)

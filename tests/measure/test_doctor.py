@@ -120,7 +120,7 @@ def test_a_slow_loader(clock):
     assert found.evidence.waiting > 0.7
     assert found.evidence.next_seconds.median > 0.7 * PAUSE
     assert found.evidence.loader_seconds.median > 0.7 * PAUSE
-    assert "fastmnist tune" in found.verdict
+    assert "fastmnist.tune_loader" in found.verdict
 
 
 def test_a_slow_model(clock):
@@ -352,7 +352,8 @@ def evidence(
     ],
 )
 def test_verdicts(found, kind, facts):
-    judged, verdict = judge(found)
+    judged, verdict = judge(found, "a tuner")
+    assert ("a tuner" in verdict) == (kind == "loader")
     assert judged == kind
     assert [fact for fact in facts if fact not in verdict] == []
 
@@ -365,14 +366,14 @@ shares = st.floats(0, 0.99)
 )
 def test_every_verdict_has_its_reason(waiting, copying, by, lost, queued):
     found = evidence(1 / (1 - waiting), copying=copying, copied_by=by, device="cuda", lost=lost, queued=queued)
-    kind = check(Diagnosis(*judge(found), found)).kind
+    kind = check(Diagnosis(*judge(found, "a tuner"), found)).kind
     assert (kind != "loader") or waiting >= module.WAITING_LEAST * 0.999
     assert (kind != "copy") or found.shares["copying"] >= module.COPYING_LEAST
     assert (kind != "host") or (lost >= scheduling.LOST_LEAST and queued < module.QUEUED_LEAST)
     assert (kind != "model") or waiting < module.WAITING_LEAST * 1.01
     if kind == "host":  # the more is lost, the more it is the host
         worse = replace(found.host, lost=summary(min(1.0, lost * 1.1)))
-        assert judge(replace(found, host=worse))[0] == "host"
+        assert judge(replace(found, host=worse), "a tuner")[0] == "host"
 
 
 # Loaders of all kinds.
@@ -436,12 +437,21 @@ def test_diagnosing_a_run_leaves_no_folder(tmp_path, clock, monkeypatch):
         clock.sleep(0.2)
         return real(*arguments)
 
+    def train_loader(self):
+        for batch in iterate(self):
+            clock.sleep(1.0)
+            yield batch
+
+    iterate = Loader.__iter__
     monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Loader, "__iter__", train_loader)
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(
         dataset="digits", model="small-cnn", batch_size=32, device="cpu", cache_dir=str(tmp_path / "cache"), quiet=True
     )
-    found = check(diagnose_training(config, 2.0, Reporter(quiet=True)))
+    found = check(diagnose_training(config, 10.0, Reporter(quiet=True)))
+    assert found.kind == "loader"
+    assert "fastmnist tune." in found.verdict  # the command
     assert found.evidence.batch_images == 32
     assert not (tmp_path / "runs").exists()
 
