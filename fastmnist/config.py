@@ -292,7 +292,7 @@ def checked_settings(values: Mapping[Any, Any], source: str = "") -> dict[str, A
             raise ConfigError(f"{source}{flag(short(name))} is not a setting of a run; remove it")
         plain = value.item() if getattr(value, "ndim", None) == 0 else value
         if not _fits(plain, types[name]):
-            raise ConfigError(f"{source}{flag(name)} {short(value)} must be {_type_name(types[name])}")
+            raise ConfigError(f"{source}{flag(name)} {short(value)} must be {in_words(types[name])}")
         checked[name] = plain
     return checked
 
@@ -310,11 +310,18 @@ def _fits(value: Any, kind: Any) -> bool:
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
-def _type_name(kind: Any) -> str:
+def in_words(kind: Any) -> str:
+    """A setting's type, as a person would say it.
+
+    >>> in_words(Optional[int]), in_words(float), in_words(Literal["a", "b"]), in_words(list[int])
+    ('a whole number', 'a number', 'one of a, b', 'a list, [a whole number, ...]')
+    """
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    names = [each.__name__ for each in get_args(kind) or (kind,) if each is not NoneType]
-    return " or ".join(names)
+    if get_origin(kind) is list:
+        return f"a list, [{in_words(get_args(kind)[0])}, ...]"
+    [only] = [each for each in get_args(kind) or (kind,) if each is not NoneType]
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(only, "text")
 
 
 def short(value: Any) -> str:

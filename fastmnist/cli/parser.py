@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from argparse import SUPPRESS, Action
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Optional
@@ -13,17 +15,85 @@ from typing import Any, NoReturn, Optional
 import jsonargparse
 import yaml
 
-from fastmnist.config import FOLDERS, GROUPS, RETIRED, TrainConfig, flag, without_retired
+from fastmnist.config import DEFAULTS, FOLDERS, GROUPS, RETIRED, TrainConfig, flag, in_words, without_retired
 from fastmnist.errors import ConfigError
 
 LONGEST_ERROR = 400  # characters: jsonargparse quotes a broken configuration file whole
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as in shells
 
+COMMON_NAMES = {
+    "arch": "--model",
+    "batch": "--batch-size",
+    "bf16": "--amp bf16",
+    "bs": "--batch-size",
+    "checkpoint": "--resume",
+    "cpu": "--device cpu",
+    "cuda": "--device cuda",
+    "data": "--data-dir",
+    "data_path": "--data-dir",
+    "epoch": "--epochs",
+    "fp16": "--amp fp16",
+    "gpu": "--device cuda",
+    "log_interval": "--log-every",
+    "lr": "--learning-rate",
+    "max_epochs": "--epochs",
+    "n_epochs": "--epochs",
+    "num_epochs": "--epochs",
+    "num_workers": "--workers",
+    "opt": "--optimizer",
+    "output_dir": "--out",
+    "precision": "--amp",
+    "root": "--data-dir",
+    "save_dir": "--out",
+    "train_batch_size": "--batch-size",
+    "wd": "--weight-decay",
+}
+"""What other programs call our flags."""
+
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
+
+
+def suggestion(given: str, flags: Iterable[str]) -> str:
+    """The flag, with its value where that is clear, which `given` most likely means; "" if none is near.
+
+    >>> suggestion("--lr=0.1", ["--learning-rate", "--seed"]), suggestion("--sead", ["--learning-rate", "--seed"])
+    ('--learning-rate', '--seed')
+    """
+    known = {name.lstrip("-").replace("-", "_"): name for name in flags}
+    name = given.lstrip("-").partition("=")[0].replace("-", "_").lower()
+    common = COMMON_NAMES.get(name, "")
+    if common.split(" ")[0] in known.values():
+        return common
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return known[near[0]] if near else ""
+
+
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Help with types in plain words, where a word says more than the flag itself, and no default that is None."""
+
+    def _get_help_string(self, action: Action) -> str:
+        kind = getattr(action, "_typehint", None) or action.type
+        if isinstance(action, jsonargparse.ActionYesNo):
+            facts = [] if action.default is None else [f"default: {'yes' if action.default else 'no'}"]
+        elif kind is None:
+            return str(super()._get_help_string(action)) if action.default not in (None, False) else action.help or ""
+        else:
+            words = in_words(kind)
+            facts = [] if words.startswith(("text", "one of", "true")) else [words]
+            if action.option_strings and action.default not in (None, SUPPRESS, []):
+                facts.append("default: %(default)s")
+        return f"{action.help} ({', '.join(facts)})" if facts else action.help or ""
+
+    def _metavar_formatter(self, action: Action, default_metavar: str) -> Any:
+        shown = super()._metavar_formatter(action, default_metavar)
+        return lambda size: tuple(text and text.replace(",null}", "}") for text in shown(size))
 
 
 class Parser(jsonargparse.ArgumentParser):
     """ArgumentParser with hyphens in flags, --x and --no-x for bool, and ConfigError for wrong usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": HelpFormatter} | options)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         if options.get("type") is bool:
@@ -43,9 +113,19 @@ class Parser(jsonargparse.ArgumentParser):
         return super().parse_string(content, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = re.sub(r'^Parser key "(\w+)":', lambda key: f"{flag(key[1])}:", message)
-        text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
-        raise ConfigError(textwrap.shorten(text, LONGEST_ERROR, placeholder=" ..."))
+        wrong_value = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)$', message, re.S)
+        kinds = {action.dest: getattr(action, "_typehint", None) or action.type for action in self._actions}
+        if wrong_value and kinds.get(wrong_value[1]) is not None:
+            message = f"{flag(wrong_value[1])} {wrong_value[2]} must be {in_words(kinds[wrong_value[1]])}"
+        elif message.startswith("unrecognized arguments: "):
+            flags = [name for action in self._actions for name in action.option_strings]
+            meant = [suggestion(word, flags) for word in message.split()[2:] if word.startswith("--")]
+            if any(meant):
+                message += f"; did you mean {' and '.join(filter(None, meant))}?"
+        elif unknown := re.match(r"Subcommand '(\w+)' does not accept option '(.*)'", message):
+            meant = [suggestion(unknown[2], map(flag, DEFAULTS)).removeprefix("--").replace("-", "_")]
+            message = f"{unknown[1]} has no setting {unknown[2]}" + (f"; did you mean {meant[0]}?" if meant[0] else "")
+        raise ConfigError(textwrap.shorten(message, LONGEST_ERROR, placeholder=" ..."))
 
 
 def new_parser(description: str, *, writes_json: bool = True) -> Parser:

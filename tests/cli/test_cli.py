@@ -17,7 +17,8 @@ from rich.console import Console
 
 from fastmnist import files
 from fastmnist.cli.main import COMMANDS, main
-from fastmnist.config import TrainConfig
+from fastmnist.cli.parser import COMMON_NAMES, suggestion
+from fastmnist.config import TrainConfig, flag
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.report.tables import evaluation_tables
 
@@ -117,6 +118,58 @@ def test_wrong_usage(run: Callable[..., str], data: Path, tmp_path: Path) -> Non
     config.write_text("no configuration at all\n" * 1000)
     assert len(run(2, "train", "--config", config)) < 500
     assert "nowhere.yaml" in run(2, "train", "--config", tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["train", "--lr", "0.1"], "--learning-rate"),
+        (["speedrun", "--num_workers=2"], "--workers"),
+        (["train", "--bs", "64"], "--batch-size"),
+        (["tune", "--epoch", "1"], "--epochs"),
+        (["doctor", "--wd", "0"], "--weight-decay"),
+        (["train", "--cpu"], "--device cpu"),
+        (["train", "--learning-rat", "0.1"], "--learning-rate"),
+        (["bench", "--batchsize", "3"], "--batch-size"),
+        (["bench", "--lr", "3"], None),  # it has no such flag
+        (["train", "--zzz", "1"], None),
+    ],
+)
+def test_a_flag_of_another_name_gets_a_suggestion(run: Callable[..., str], given: list[str], meant: str | None) -> None:
+    found = re.findall(r"did you mean ([^?]*)\?", run(2, *given))
+    assert found == ([] if meant is None else [meant])
+
+
+def test_other_programs_names_lead_to_flags_of_train() -> None:
+    flags = {flag(name) for name in TrainConfig.__dataclass_fields__} | {"--resume"}
+    assert {name.split(" ")[0] for name in COMMON_NAMES.values()} <= flags
+    for name, meant in COMMON_NAMES.items():
+        assert suggestion(f"--{name.replace('_', '-')}=1", flags) == meant
+
+
+def test_values_of_another_type_are_refused_in_plain_words(run: Callable[..., str], tmp_path: Path) -> None:
+    for flag_, value, kind in (
+        ("--epochs", "x", "a number"),
+        ("--val-size", "1.5", "a whole number"),
+        ("--seed", "x", "a whole number"),
+        ("--pin-memory", "3", "true or false"),
+        ("--stem", "wide", "one of imagenet, stride2, cifar"),
+    ):
+        assert f"{flag_} {value} must be {kind}" in run(2, "train", flag_, value)
+    assert "--batch-sizes 3 must be a list" in run(2, "tune", "--batch-sizes", "3")
+    config = tmp_path / "bad.yaml"
+    config.write_text("batch_size: many\n")
+    assert "--batch-size many must be a whole number" in run(2, "train", "--config", config)
+    config.write_text("learning_rat: 1\n")
+    assert "did you mean learning_rate?" in run(2, "train", "--config", config)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_in_plain_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert [word for word in ("null", "Optional", "Union", "Literal", "None", "type:") if word in text] == []
 
 
 def test_settings_that_do_not_fit_the_data(run: Callable[..., str], data: Path, capsys, tmp_path: Path) -> None:
