@@ -19,6 +19,12 @@ Stem = Literal["imagenet", "stride2", "cifar"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 Compile = Literal["auto", "off", "graph", "default", "max-autotune"]
 
+MODELS = {
+    "resnet18": "fastmnist.training.model:resnet18",
+    "small-cnn": "fastmnist.training.model:small_cnn",
+}
+"""Each model's name and the function that makes it, as `training.model.build_model` calls it."""
+
 FOLDERS = ("data_dir", "cache_dir", "out")
 """Settings that name folders of one machine: they do not affect a result."""
 
@@ -97,7 +103,8 @@ class ModelConfig:
     """Model"""
 
     model: str = "resnet18"
-    """resnet18, small-cnn, or torchvision:<name> for any torchvision classifier that takes images of this size."""
+    """{models}, torchvision:<name> for any torchvision classifier that takes images of this size, or
+    <package.module>:<function> for a model of your own."""
 
     stem: Stem = "imagenet"
     """First layer of resnet18: 7x7 stride 2 and max-pool, 3x3 stride 2, or 3x3 stride 1 (more accurate, slower)."""

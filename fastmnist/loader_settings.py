@@ -12,7 +12,13 @@ from typing import Any, Literal
 
 from fastmnist.errors import whole_number
 
-LoaderName = Literal["ours", "ffcv", "dataloader", "tuned", "tensors"]
+LoaderName = Literal[
+    "ours",
+    "ffcv",
+    "dataloader",
+    "tuned",
+    "tensors",
+]
 Settings = Mapping[str, Any]
 
 MOST_WORKERS = 64

@@ -321,9 +321,15 @@ class TensorDict(_Kept):
         return batches_of(loader)
 
 
-PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (HFDatasets, WebDataset, Streaming, LitData, Grain, TensorDict)
-}
+ALL: tuple[type[Peer], ...] = (
+    HFDatasets,
+    WebDataset,
+    Streaming,
+    LitData,
+    Grain,
+    TensorDict,
+)
+PEERS = {peer.name: peer for peer in ALL}
 
 
 def _persistent(workers: int) -> dict[str, Any]:

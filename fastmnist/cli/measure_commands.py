@@ -17,6 +17,7 @@ from fastmnist.cli.parser import (
     without_folders,
 )
 from fastmnist.files import write_json
+from fastmnist.loader_settings import LOADER_SETTINGS
 
 # ruff: noqa: UP006, UP035, UP045  # jsonargparse reads these types on Python 3.10 too
 
@@ -98,7 +99,7 @@ def tune_parser() -> Parser:
         "--batch-sizes", type=List[int], default=[], help="Try these too, [128,256]; they train differently."
     )
     parser.add_argument("--orders", type=List[str], default=[], help="Try these orders too: [quasi_random].")
-    add_run_flags(parser, loader="ours, ffcv, dataloader, tuned, tensors, or all.")
+    add_run_flags(parser, loader=f"{', '.join(LOADER_SETTINGS)}, or all.")
     return parser
 
 

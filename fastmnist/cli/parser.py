@@ -15,8 +15,9 @@ from typing import Any, NoReturn, Optional
 import jsonargparse
 import yaml
 
-from fastmnist.config import DEFAULTS, FOLDERS, GROUPS, RETIRED, TrainConfig, flag, in_words, without_retired
+from fastmnist.config import DEFAULTS, FOLDERS, GROUPS, MODELS, RETIRED, TrainConfig, flag, in_words, without_retired
 from fastmnist.errors import ConfigError
+from fastmnist.presets import PRESETS
 
 LONGEST_ERROR = 400  # characters: jsonargparse quotes a broken configuration file whole
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as in shells
@@ -72,17 +73,19 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
     """Help with types in plain words, where a word says more than the flag itself, and no default that is None."""
 
     def _get_help_string(self, action: Action) -> str:
-        kind = getattr(action, "_typehint", None) or action.type
+        kind, text = getattr(action, "_typehint", None) or action.type, action.help or ""
+        if action.dest == "model":
+            text = text.replace("{models}", ", ".join(MODELS))
         if isinstance(action, jsonargparse.ActionYesNo):
             facts = [] if action.default is None else [f"default: {'yes' if action.default else 'no'}"]
         elif kind is None:
-            return str(super()._get_help_string(action)) if action.default not in (None, False) else action.help or ""
+            return str(super()._get_help_string(action)) if action.default not in (None, False) else text
         else:
             words = in_words(kind)
             facts = [] if words.startswith(("text", "one of", "true")) else [words]
             if action.option_strings and action.default not in (None, SUPPRESS, []):
                 facts.append("default: %(default)s")
-        return f"{action.help} ({', '.join(facts)})" if facts else action.help or ""
+        return f"{text} ({', '.join(facts)})" if facts else text
 
     def _metavar_formatter(self, action: Action, default_metavar: str) -> Any:
         shown = super()._metavar_formatter(action, default_metavar)
@@ -157,8 +160,8 @@ def add_run_flags(parser: Parser, loader: str | None = None) -> None:
         "--preset",
         type=str,
         default="auto",
-        help="Settings that the flags below override: fast99, fast995 or accurate for a GPU, cpu, or none; for MNIST "
-        "auto is fast995 on a GPU and cpu elsewhere, for other data none.",
+        help=f"Settings that the flags below override: {', '.join(PRESETS)} (fastmnist/presets.py describes each), or "
+        "none; for MNIST auto is fast995 on a GPU and cpu elsewhere, for other data none.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     for group in GROUPS:

@@ -75,21 +75,19 @@ def _emnist(split: str, class_names: tuple[str, ...]) -> Dataset:
 
 _QMNIST_FILES = {part: (f"qmnist-{part}-images-idx3-ubyte", f"qmnist-{part}-labels-idx2-int") for part in SPLITS}
 
-DATASETS = {
-    dataset.name: dataset
-    for dataset in (
-        _plain("mnist", DIGITS, "MNIST"),
-        _plain("fashion", FASHION, "FashionMNIST"),
-        _plain("kmnist", KUZUSHIJI, "KMNIST"),
-        Dataset("qmnist", DIGITS, "QMNIST", _QMNIST_FILES, ({"what": "train"}, {"what": "test"})),
-        _emnist("byclass", DIGITS + LETTERS + tuple(string.ascii_lowercase)),
-        _emnist("bymerge", MERGED),
-        _emnist("balanced", MERGED),
-        _emnist("letters", LETTERS),
-        _emnist("digits", DIGITS),
-        _emnist("mnist", DIGITS),
-    )
-}
+FAMILY = (
+    _plain("mnist", DIGITS, "MNIST"),
+    _plain("fashion", FASHION, "FashionMNIST"),
+    _plain("kmnist", KUZUSHIJI, "KMNIST"),
+    Dataset("qmnist", DIGITS, "QMNIST", _QMNIST_FILES, ({"what": "train"}, {"what": "test"})),
+    _emnist("byclass", DIGITS + LETTERS + tuple(string.ascii_lowercase)),
+    _emnist("bymerge", MERGED),
+    _emnist("balanced", MERGED),
+    _emnist("letters", LETTERS),
+    _emnist("digits", DIGITS),
+    _emnist("mnist", DIGITS),
+)
+DATASETS = {dataset.name: dataset for dataset in FAMILY}
 NAMES = (*DATASETS, "digits")
 
 

@@ -1,8 +1,12 @@
-"""Models: a ResNet-18 of torchvision's blocks, a small CNN, and torchvision's classifiers by name."""
+"""Models: a ResNet-18 of torchvision's blocks, a small CNN, torchvision's classifiers and anybody's by name."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +14,9 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from fastmnist.config import Stem
+from fastmnist.config import MODELS, Stem
 from fastmnist.errors import ConfigError
 
-MODELS = ("resnet18", "small-cnn", "torchvision:<name>")
 SMALLEST = 16  # pixels; below, ResNet-18's last stages see less than one pixel of image
 
 
@@ -36,7 +39,9 @@ def build_model(
     torch.Size([2, 26])
 
     Args:
-        name: one of MODELS.
+        name: a key of `config.MODELS`; "torchvision:<name>"; or "<package.module>:<function>", also of a module in the
+            working directory. The function returns the model; it is called with those of `stem`, `num_classes`,
+            `in_channels` and `image_size` that it has parameters for.
         stem: first layers of resnet18, see `resnet18`.
         image_size: (H, W), each at least 16.
 
@@ -45,16 +50,40 @@ def build_model(
     """
     if min(image_size) < SMALLEST:
         raise ConfigError(f"images of {image_size[0]}x{image_size[1]} are too small; at least {SMALLEST}x{SMALLEST}")
-    if name == "resnet18":
-        return resnet18(stem, num_classes, in_channels)
-    if name == "small-cnn":
-        return small_cnn(num_classes, in_channels)
-    prefix, _, rest = name.partition(":")
-    if prefix != "torchvision" or rest not in torchvision.models.list_models(module=torchvision.models):
-        raise ConfigError(
-            f"--model {name}: there are {', '.join(MODELS)} (torchvision.models.list_models() names them)"
+    prefix, colon, rest = MODELS.get(name, name).partition(":")
+    if prefix == "torchvision" and rest in torchvision.models.list_models(module=torchvision.models):
+        return _tried(
+            lambda: _from_torchvision(rest, num_classes, in_channels), name, num_classes, in_channels, image_size
         )
-    return _from_torchvision(rest, num_classes, in_channels, image_size)
+    if prefix == "torchvision" or not colon:
+        raise ConfigError(
+            f"--model {name}: there are {', '.join(MODELS)}, torchvision:<name> (torchvision.models.list_models() "
+            "names them) and <package.module>:<function>"
+        )
+    function = _function(prefix, rest, name)
+    offered = {"stem": stem, "num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    taken = inspect.signature(function).parameters
+    arguments = {key: value for key, value in offered.items() if key in taken}
+    if name in MODELS:
+        built: nn.Module = function(**arguments)
+        return built
+    return _tried(lambda: function(**arguments), name, num_classes, in_channels, image_size)
+
+
+def _function(module: str, name: str, model: str) -> Callable[..., nn.Module]:
+    """`name` of `module`, which may also be in the working directory; raises ConfigError where there is none."""
+    here = os.getcwd()
+    sys.path.append(here)  # an installed command does not look there
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--model {model}: {error}; name an importable <package.module>:<function>") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise ConfigError(f"--model {model}: it is a {type(found).__name__}, not a function that returns a model")
+    function: Callable[..., nn.Module] = found
+    return function
 
 
 def resnet18(stem: Stem = "imagenet", num_classes: int = 10, in_channels: int = 1) -> ResNet:
@@ -88,22 +117,30 @@ def small_cnn(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width_before, num_classes))
 
 
-def _from_torchvision(name: str, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+def _from_torchvision(name: str, num_classes: int, in_channels: int) -> nn.Module:
     builder = torchvision.models.get_model_builder(name)
     options = {"num_classes": num_classes}
     if "init_weights" in inspect.signature(builder).parameters:
         options["init_weights"] = True
+    model: nn.Module = builder(weights=None, **options)
+    _replace_first_convolution(model, in_channels)
+    return model
+
+
+def _tried(
+    build: Callable[[], nn.Module], name: str, num_classes: int, in_channels: int, image_size: tuple[int, int]
+) -> nn.Module:
+    """The model, once it has given logits for images of this size; raises ConfigError where it does not."""
+    size = f"{image_size[0]}x{image_size[1]}"
     try:
-        model = builder(weights=None, **options)
-        _replace_first_convolution(model, in_channels)
+        model = build()
         with torch.no_grad():
             logits = model.train()(torch.zeros(2, in_channels, *image_size))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        size = f"{image_size[0]}x{image_size[1]}"
-        raise ConfigError(f"--model torchvision:{name} cannot take images of {size}: {reason}") from error
+        raise ConfigError(f"--model {name} cannot take images of {size}: {reason}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
-        raise ConfigError(f"--model torchvision:{name} does not give one row of logits per image; name another")
+        raise ConfigError(f"--model {name} does not give one row of {num_classes} logits per image; name another")
     model.apply(_reset_statistics)
     return model
 

@@ -1,10 +1,14 @@
 """The models, against torchvision's."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from fastmnist.config import MODELS
 from fastmnist.errors import ConfigError
 from fastmnist.training.model import build_model, count_parameters, resnet18
 
@@ -58,6 +62,38 @@ def test_other_models_take_grey_images(name: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+MINE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes, in_channels, image_size):
+        height, width = image_size
+        linear = nn.Linear(in_channels * height * width, num_classes)
+        super().__init__(nn.Flatten(), linear, nn.BatchNorm1d(num_classes))
+
+def plain(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+def wrong():
+    return nn.Flatten()
+"""
+
+
+def test_anybodys_model_by_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"mine_{tmp_path.name}".replace("-", "_")  # a module of this test alone
+    (tmp_path / f"{name}.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])  # as of an installed command
+    before = list(sys.path)
+    model = build_model(f"{name}:Net", num_classes=7, in_channels=3, image_size=(20, 18))
+    assert not model[2].running_mean.any()  # type: ignore[index]  # the trial left no trace
+    assert model(torch.randn(4, 3, 20, 18)).shape == (4, 7)
+    assert build_model(f"{name}:plain", num_classes=5)(torch.randn(4, 1, 28, 28)).shape == (4, 5)
+    with pytest.raises(ConfigError, match=r"wrong .*10 logits"):
+        build_model(f"{name}:wrong")
+    assert sys.path == before
+
+
 def test_trying_a_model_leaves_its_statistics_fresh() -> None:
     model = build_model("torchvision:shufflenet_v2_x0_5")
     means = [m.running_mean for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -68,7 +104,11 @@ def test_trying_a_model_leaves_its_statistics_fresh() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("resnet19", (28, 28), "resnet18, small-cnn, torchvision"),
+        ("resnet19", (28, 28), rf"{', '.join(MODELS)}, torchvision:<name> .*:<function>"),
+        ("nowhere:net", (28, 28), "nowhere"),
+        ("math:nothing", (28, 28), "nothing"),
+        ("math:pi", (28, 28), "float, not a function"),
+        ("os:getcwd", (28, 28), "cannot take images"),
         ("torchvision:nonsense", (28, 28), "torchvision:nonsense"),
         ("torchvision:vgg11", (28, 28), "28x28"),
         ("torchvision:vit_b_16", (28, 28), "28x28"),
