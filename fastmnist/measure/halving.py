@@ -76,6 +76,11 @@ class Candidate:
     def summary(self) -> Summary:
         return summarise(self.final or self.values)
 
+    def ratios(self, simplest: Candidate) -> list[list[float]]:
+        """Rates over those of the simplest settings in the same turn: of the first rung, then of each second one."""
+        turns = zip(self.rounds[1:], simplest.rounds[1:], strict=False)
+        return [[self.ratio], *([own / other] for [own], [other] in turns)]
+
     def fail(self, error: Exception) -> None:
         self.status, self.reason = "failed", " ".join(f"{type(error).__name__}: {error}".split())
 

@@ -22,6 +22,7 @@ from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Sett
 from fastmnist.measure.step import TrainingSetup, training_setup
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
 from fastmnist.system.progress import Reporter
+from fastmnist.system.statistics import summarise
 from fastmnist.training.session import loader_arguments
 
 LEAST_BUDGET = 1.0
@@ -62,7 +63,7 @@ class Tuning:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `report.tune_chart.plot_search` and --json."""
-        lines = []
+        lines, simplest = [], self.search.reference
         for candidate in self.search.candidates:
             line = {
                 "name": candidate.name,
@@ -73,7 +74,11 @@ class Tuning:
                 "chosen": candidate is self.search.chosen,
                 "memory_bytes": candidate.memory,
             }
-            lines.append(line | (candidate.summary().to_dict() if candidate.values else {}))
+            if candidate.values:
+                ratios = candidate.ratios(simplest)
+                summary = summarise([value for values in ratios[1:] or ratios for value in values])
+                line |= candidate.summary().to_dict() | {"ratios": ratios, "over_default": summary.to_dict()}
+            lines.append(line)
         return {
             "what": self.what,
             "unit": self.unit,

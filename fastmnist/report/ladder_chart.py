@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmnist.report.style import INK, QUIET, RULE, TRAIN, VALIDATION, page, save, styled
 from fastmnist.report.tables import console_table
 from fastmnist.system.environment import describe_hardware
+from fastmnist.system.numbers import percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,11 +19,19 @@ Row = Mapping[str, Any]
 HEADINGS = ("rung", "images/s", "seconds per epoch", "over the rung below", "test accuracy", "set-up")
 LEFT, RIGHT, BAR, BELOW = 2.3, 2.2, 0.42, 0.6  # inches
 NOTE = {"none": "no difference here", "slower": "slower here"}
+LOST_IN_ONE = 0.05  # accuracy; with one seed a smaller loss may be chance
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """The reason for each rung that was not measured or is no faster, one line each."""
+    """The reason for each rung that was not measured, is no faster or loses accuracy, one line each."""
+    measured = [row for row in rows if "images_per_second" in row]
     found = []
+    if measured and min(row["n"] for row in measured) < 2:
+        found.append("With one seed no rung is called faster or slower: two runs of one rung differ too (--seeds 3)")
+    for below, row in pairwise(measured):
+        if less_accurate(row, below):
+            lost = f"{percent(row['test_accuracy']['mean'], 1)} of the test images right instead of "
+            found.append(f"{row['name']}, LESS ACCURATE here: {lost}{percent(below['test_accuracy']['mean'], 1)}")
     for row in rows:
         if "left_out" in row:
             found.append(f"{row['name']}, left out: {row['left_out']}")
@@ -85,7 +95,7 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
                 continue
             seconds = row["seconds_per_epoch"]
             axes.barh(at, seconds, height=0.62, color=TRAIN, zorder=2)
-            if before is not None:
+            if before is not None and row["effect"] in ("faster", "slower"):
                 saved = before - seconds
                 colour = RULE if saved >= 0 else VALIDATION
                 axes.barh(at, abs(saved), left=min(before, seconds), height=0.62, color=colour, zorder=2)
@@ -94,10 +104,13 @@ def plot_ladder(found: Mapping[str, Any], paths: Sequence[Path]) -> None:
                 label += f", {row['over_below']:.2f} times as fast"
             elif row["effect"] is not None:
                 label += f", {NOTE[row['effect']]}"
-            if below is not None and more_accurate(row, below):
+            lost = below is not None and less_accurate(row, below)
+            if below is not None and (lost or more_accurate(row, below)):
                 label = f"{seconds:.3g} s, {100 * row['test_accuracy']['mean']:.1f} % instead of "
                 label += f"{100 * below['test_accuracy']['mean']:.1f} % right"
-            axes.text(max(seconds, before or 0) + longest * 0.012, at, label, va="center", fontsize=9, color=INK)
+            end = seconds if before is None or row["effect"] in (None, "none") else max(seconds, before)
+            colour = VALIDATION if lost else INK
+            axes.text(end + longest * 0.012, at, label, va="center", fontsize=9, color=colour)
             before, below = seconds, row
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -114,6 +127,14 @@ def more_accurate(row: Row, below: Row) -> bool:
     found, before = row["test_accuracy"], below["test_accuracy"]
     enough = min(row["n"], below["n"]) > 1
     return bool(enough and found["mean"] - before["mean"] > 2 * max(found["stdev"], before["stdev"]))
+
+
+def less_accurate(row: Row, below: Row) -> bool:
+    """Whether the rung loses accuracy, by the same measure; with one seed, whether it loses more than LOST_IN_ONE."""
+    if min(row["n"], below["n"]) > 1:
+        return more_accurate(below, row)
+    lost: float = below["test_accuracy"]["mean"] - row["test_accuracy"]["mean"]
+    return lost > LOST_IN_ONE
 
 
 def _heading(measured: Sequence[Row]) -> str:

@@ -14,7 +14,6 @@ from fastmnist.report.bench_chart import (
     has_value,
     interval,
     name_of,
-    ratio,
 )
 from fastmnist.report.style import INK, MARGIN, PAGE, QUIET, drawable, page, save, styled, text_width, wrapped
 from fastmnist.system.numbers import number, times
@@ -31,30 +30,32 @@ UNDRAWN = {"failed": "Failed", "too much memory": "Too much memory", "dropped": 
 
 
 def plot_search(search: Mapping[str, Any], path: Path) -> None:
-    """Draws the candidates, the fastest on top.
+    """Draws how many times as fast as the defaults each candidate is, the fastest on top.
+
+    A candidate is compared with the defaults in the same round: between rounds a shared machine drifts by more than the
+    settings differ.
 
     Args:
-        search: as `Tuning.to_dict` returns it. Candidates without a median above zero are named beneath the chart.
+        search: as `Tuning.to_dict` returns it. Candidates without a value are named beneath the chart.
         path: the file to write, .png (1500 pixels wide) or .svg.
 
     Raises:
         ValueError: no candidate has a value, or the suffix is another.
         FastmnistError: the file cannot be written.
     """
-    ranked, heading = rank(search["candidates"]), finding(search)
+    heading, search = finding(search), {**search, "candidates": [_in_ratios(line) for line in search["candidates"]]}
+    ranked = rank(search["candidates"])
     chosen, default = _chosen(ranked), _default(search, ranked)
     drawn = ranked[:MOST_LINES]
     kept = [line for line in (chosen, default) if line is not None and line not in drawn]
     drawn[len(drawn) - len(kept) :] = kept
-    unit = drawable(search["unit"], 16)
-    per_second = "/s" if unit.endswith("/s") else ""
     with styled():
         bold = ["bold" if candidate is chosen else "normal" for candidate in drawn]
         names = [
             wrapped(name_of(candidate, 90), ROOM_FOR_NAMES, 10, weight, most=2)
             for candidate, weight in zip(drawn, bold, strict=True)
         ]
-        medians = [f"{number(candidate['median'])}{per_second}" for candidate in drawn]
+        medians = [f"{candidate['median']:.2f}" for candidate in drawn]
         outcomes = [candidate["status"] + ", chosen" * (candidate is chosen) for candidate in drawn]
         left = MARGIN + 0.1 + _widest(names, bold, 10)
         middle = _widest([[text] for text in medians], bold, 10) + 0.15
@@ -65,8 +66,9 @@ def plot_search(search: Mapping[str, Any], path: Path) -> None:
         height = pitch * len(drawn)
         figure, axes = page(heading, _origin(search), notes, left=left, right=right, height=height, below=0.48)
         _scale(axes, drawn)
-        label = f"{unit.removesuffix('/s')} per second" if per_second else unit
+        label = f"{drawable(search['unit'], 16)} over the defaults' in the same round"
         axes.set_xlabel(label, loc="left", fontsize=9, color=QUIET)
+        axes.axvline(1, color=NEUTRAL, linewidth=1, zorder=1)
         axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.set_yticks(range(len(drawn)), ["\n".join(name) for name in names], linespacing=1.05)
         axes.tick_params(axis="y", length=0)
@@ -115,9 +117,13 @@ def finding(search: Mapping[str, Any]) -> str:
             f"The defaults are kept: {f'{len(tied)} of {len(ranked)} settings tie' if len(tied) > 1 else 'the fastest'}"
         )
     if default is not None and default not in tied:
-        against = ratio(chosen, default)
-        gain = f", {times(against.median)} the defaults" if against.low > 1 else ""
+        against = chosen["over_default"]
+        gain = f", {times(against['median'])} the defaults" if against["low"] > 1 else ""
     return f"{name}: {f'the simplest of {len(tied)} settings that tie' if len(tied) > 1 else 'the fastest'}{gain}"
+
+
+def _in_ratios(line: Candidate) -> Candidate:
+    return {**line, "rounds": line["ratios"], **line["over_default"]} if "over_default" in line else line
 
 
 def _chosen(ranked: Sequence[Candidate]) -> Candidate:
@@ -143,7 +149,7 @@ def _origin(search: Mapping[str, Any]) -> str:
 
 def _key(drawn: Sequence[Candidate]) -> str:
     return (
-        "Dots: single values, hollow in the first round. "
+        "Dots: the ratio in each round, hollow in the first. "
         f"Above them: medians and {describe_interval([candidate['n'] for candidate in drawn])}. Shaded: the best's."
     )
 

@@ -120,7 +120,7 @@ def rungs(preset: str) -> list[Rung]:
             "fused kernels, at the price of compiling them first",
             "little is left beside convolutions",
             needs_gpu=True,
-            instead="on a CPU compiling took 37 to 59 s and made this network no faster",
+            instead="on a CPU compiling a ResNet-18 took 37 to 59 s and made it no faster",
         ),
         Rung(
             f"recipe of {preset}",
@@ -167,8 +167,8 @@ def ladder(
 
     A row has name, why and settings; images_per_second, seconds_per_epoch (both over the training clock),
     test_accuracy and compile_seconds, each with its values; over_below, the speed over that of the rung below; and
-    effect, one of "faster", "none" and "slower", the last two with an explanation. A rung that needs a GPU where there
-    is none has `left_out`, one that failed `error`, both with the reason.
+    effect, one of "faster", "none" and "slower", the last two with an explanation, or None with one seed. A rung that
+    needs a GPU where there is none has `left_out`, one that failed `error`, both with the reason.
 
     Args:
         seeds: per rung; by default 3, or 1 if `quick`.
@@ -256,10 +256,12 @@ def _measured(found: Speedrun, below: dict[str, Any] | None) -> dict[str, Any]:
     return row
 
 
-def effect(rates: Sequence[float], before: Sequence[float]) -> str:
-    """Effect of a rung on the images/s of the rung below: "faster", "none" or "slower"."""
+def effect(rates: Sequence[float], before: Sequence[float]) -> str | None:
+    """Effect of a rung on the images/s of the rung below: "faster", "none" or "slower"; None where one seed ran."""
+    if min(len(rates), len(before)) < 2:
+        return None
     ratio = statistics.median(rates) / statistics.median(before)
-    overlap = min(len(rates), len(before)) > 1 and min(rates) <= max(before) and min(before) <= max(rates)
+    overlap = min(rates) <= max(before) and min(before) <= max(rates)
     return "none" if overlap or abs(ratio - 1) < NOISE else "faster" if ratio > 1 else "slower"
 
 

@@ -131,6 +131,30 @@ def test_only_the_best_few_are_measured_again(clock):
     assert len({len(c.final) for c in found.search.candidates[:FINALISTS]}) == 1
 
 
+def test_ratios_are_of_one_round_however_the_machine_drifts(clock):
+    """It is ten times as slow in the second rung: the rates of dropped settings are above those of the best."""
+
+    class Drifting(Sleepy):
+        def __iter__(self):
+            for batch in super().__iter__():
+                clock.sleep(9 * self.batch_seconds if len(made) > 6 else 0)
+                yield batch
+
+    made = []  # all six in the first rung, then the finalists again
+
+    def make(kind):
+        made.append(kind)
+        return Drifting(clock, sample_seconds=0.001 * kind)
+
+    found = tune_loader(make, {"kind": [6, 5, 4, 3, 2, 1]}, budget=60).to_dict()["candidates"]
+    over = {line["settings"]["kind"]: line["over_default"]["median"] for line in found}
+    assert over == pytest.approx({kind: 6 / kind for kind in range(1, 7)}, rel=0.1)
+    rates = {line["settings"]["kind"]: line["median"] for line in found}
+    assert rates[5] > rates[1]
+    for line in found:
+        assert [len(values) for values in line["ratios"]] == [1] * len(line["rounds"])
+
+
 def test_combinations_of_the_best_changes_come_first(clock):
     """Of 125 combinations the budget allows some twenty: the best is found, for it is the product of the best."""
     seconds = {"a": [3, 2.9, 2, 2.8, 2.7], "b": [3, 1.5, 2.9, 2.8, 2.7], "c": [3, 2.9, 2.8, 2.7, 1]}

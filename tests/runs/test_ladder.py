@@ -14,7 +14,7 @@ from fastmnist.cli.main import main
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, FastmnistError
 from fastmnist.presets import PRESETS
-from fastmnist.report.ladder_chart import cells, ladder_markdown, more_accurate, notes, plot_ladder
+from fastmnist.report.ladder_chart import cells, ladder_markdown, less_accurate, more_accurate, notes, plot_ladder
 from fastmnist.runs import ladder as module
 from fastmnist.runs.ladder import GROUND, effect, ladder, rungs
 
@@ -91,10 +91,11 @@ def test_what_a_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
         ([80, 81, 90], [99, 100, 101], "slower"),
         ([90, 110, 130], [99, 100, 101], "none"),  # the ranges meet
         ([101, 102, 103], [98, 99, 100], "none"),  # less than 4 %
-        ([110], [100], "faster"),
+        ([110], [100], None),  # one seed decides nothing
+        ([110, 120], [100], None),
     ],
 )
-def test_what_is_called_faster(rates: list[float], before: list[float], expected: str) -> None:
+def test_what_is_called_faster(rates: list[float], before: list[float], expected: str | None) -> None:
     assert effect(rates, before) == expected
 
 
@@ -105,6 +106,56 @@ def test_what_is_called_faster(rates: list[float], before: list[float], expected
 def test_when_a_rung_is_more_accurate(n: int, mean: float, stdev: float, below: float, expected: bool) -> None:
     row = {"n": n, "test_accuracy": {"mean": mean, "stdev": stdev}}
     assert more_accurate(row, {"n": 3, "test_accuracy": {"mean": 0.97, "stdev": below}}) is expected
+
+
+@pytest.mark.parametrize(
+    ("n", "mean", "stdev", "expected"),
+    [(3, 0.46, 0.01, True), (3, 0.74, 0.01, False), (3, 0.6, 0.1, False), (1, 0.46, 0.0, True), (1, 0.71, 0.0, False)],
+)
+def test_when_a_rung_loses_accuracy(n: int, mean: float, stdev: float, expected: bool, tmp_path: Path) -> None:
+    row = {
+        "name": "recipe",
+        "n": n,
+        "images_per_second": {"median": 100.0},
+        "seconds_per_epoch": 600.0,
+        "over_below": 1.0,
+        "effect": None if n == 1 else "none",
+        "explanation": "",
+        "test_accuracy": {"mean": mean, "stdev": stdev},
+    }
+    below = row | {"name": "below", "effect": None, "test_accuracy": {"mean": 0.747, "stdev": 0.01}}
+    assert less_accurate(row, below) is expected
+    said = [line for line in notes([below, row]) if "LESS ACCURATE" in line]
+    assert len(said) == expected
+    assert all("recipe" in line and "46.0 %" in line.replace("46.0%", "46.0 %") and "74.7" in line for line in said)
+
+
+def test_one_seed_gives_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    found = ladder(seeds=1, images=1280, device="cpu")
+    assert {row["effect"] for row in found.rows if "effect" in row} == {None}
+    assert [line for line in notes(found.rows) if "--seeds" in line]
+    pretend(monkeypatch)
+    assert not [line for line in notes(ladder(seeds=2, images=1280, device="cpu").rows) if "--seeds" in line]
+
+
+def test_only_what_makes_a_difference_is_painted_as_gain_or_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    painted = {}
+
+    def keep(figure: Any, path: Path, title: str) -> None:
+        axes = figure.axes[0]
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        for bar in axes.patches:
+            painted.setdefault(names[round(bar.get_y() + bar.get_height() / 2)], []).append(bar.get_width())
+
+    monkeypatch.setattr("fastmnist.report.ladder_chart.save", keep)
+    pretend(monkeypatch)
+    rows = ladder(seeds=2, images=1280, device="cpu")
+    plot_ladder(rows.to_dict(), [Path("a.svg")])
+    effects = {row["name"]: row["effect"] for row in rows.rows if "effect" in row}
+    assert {effects[name] for name in ("2 workers", "batched fetch", "channels_last")} == {"none", "faster", "slower"}
+    for name, bars in painted.items():
+        assert len(bars) == (2 if effects[name] in ("faster", "slower") else 1), name
 
 
 def test_every_rung_says_what_it_takes() -> None:
