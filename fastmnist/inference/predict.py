@@ -129,7 +129,9 @@ def open_test_set(run: Path, card: ModelCard, data_dir: str | None, cache_dir: s
     config = RunFolder(run).read_config()
     prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
     file = Beton(prepared.test)
-    if file.class_names != tuple(card.class_names) or file.image_shape != tuple(card.image_shape):
+    stored = file.integrity.class_names if file.integrity else ()  # a file without names may lack a class
+    named = not stored or stored == tuple(card.class_names)
+    if not named or max(file.labels) >= len(card.class_names) or file.image_shape != tuple(card.image_shape):
         file.close()
         raise DataError(
             f"{prepared.test}: has {len(file.class_names)} classes and images of {file.image_shape}; the model in "
