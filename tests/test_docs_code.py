@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import re
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +28,17 @@ DOCS = ROOT / "docs"
 
 
 def sections(page: str) -> dict[str, str]:
-    """{heading: its code}; the code before the first heading has the page's title."""
-    parts = re.split(r"^#+ (.+)$", (DOCS / page).read_text(), flags=re.M)[1:]
-    found = zip(parts[::2], parts[1::2], strict=True)
-    return {
-        name: "".join(re.findall(r"```python\n(.*?)```", text, re.S)) for name, text in found if "```python" in text
-    }
+    """{heading: the Python code below it}, without headings that have none."""
+    found: dict[str, str] = {}
+    heading, inside = "", False
+    for line in (DOCS / page).read_text().splitlines(keepends=True):
+        if line.startswith("```"):
+            inside = line.startswith("```python")
+        elif inside:
+            found[heading] = found.get(heading, "") + line
+        elif line.startswith("#"):
+            heading = line.strip("# \n")
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +212,23 @@ def test_a_loop_resumes_with_the_next_batch(
     assert len(seen) == 36 - 15
     assert all(torch.equal(one, other) for one, other in zip(seen, all_seen[15:], strict=True))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_several_processes() -> None:
+    Path("train.py").write_text(sections("several-gpus.md")["Several GPUs"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, other = (torch.load(f"weights-{rank}.pt") for rank in range(2))
+    trained = [name for name in one if "running" not in name]  # each process has statistics of its own
+    assert all(torch.equal(one[name], other[name]) for name in trained)
+
+
+def test_each_page_with_code_is_tested() -> None:
+    with_code = {page.name for page in DOCS.glob("*.md") if "```python" in page.read_text()}
+    assert with_code == {"several-gpus.md", "tuning.md", "your-data.md", "your-loop.md"}
 
 
 # Doctor and tuner
