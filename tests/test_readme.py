@@ -5,12 +5,14 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from fastmnist.cli.main import parse
 from fastmnist.report.ladder_chart import ladder_markdown
 from fastmnist.report.tables import gpu_table, markdown, step_table, time_table
+from fastmnist.system.numbers import number
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +22,44 @@ def test_the_table_is_that_of_the_last_run() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     shown = text.partition("<!-- bench -->\n")[2].partition("<!-- /bench -->")[0]
     assert shown == markdown(json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"])
+
+
+def lead() -> str:
+    """README's first table, from the files that its figures come from."""
+    results = ROOT / "benchmarks" / "results"
+    time, gpu, bench = (
+        json.loads((results / f"{name}.json").read_text()) for name in ("time_to_accuracy", "gpu_suite", "bench")
+    )
+    preset, plain, notebook = time["rows"]
+    small = fmean(run["train_seconds"] for run in gpu["small CNN"]["runs"])
+    loaders = {row["name"]: row for row in bench["rows"] if row["group"] == "loader" and "error" not in row}
+    rates = {name: number(row["median"]) for name, row in loaders.items()}
+
+    def cores(row: dict) -> str:
+        return f"{row['hardware']['cores']} cores of an {row['hardware']['processor']}, {row['date'][:10]}"
+
+    lines = [
+        "| | fastmnist | others | measured on |",
+        "| --- | --- | --- | --- |",
+        f"| 99 % on a CPU | {preset['test_accuracy_mean']:.2%} after {preset['median']:.1f} s of training | plain "
+        f"recipe {plain['median']:.1f} s; what most notebooks do {notebook['median']:.0f} s | {cores(preset)} |",
+    ]
+    for target, name, others in (("99", "fast99", f"published small CNN {small:.2f} s"), ("99.5", "fast995", "")):
+        run = gpu["presets"][name]
+        lines.append(
+            f"| {target} % on a GPU | {run['test_accuracy_mean']:.2%} after {run['train_seconds_mean']:.2f} s of "
+            f"training | {others} | {gpu['hardware']['gpu']}, {gpu['date'][:10]} |"
+        )
+    lines.append(
+        f"| loading alone | {rates['fastmnist.Loader']} images/s | tuned DataLoader {rates['DataLoader, tuned']}; FFCV "
+        f"{rates['FFCV']}; plain DataLoader {rates['DataLoader, plain']} | {cores(loaders['fastmnist.Loader'])} |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def test_the_first_table_has_the_figures_of_the_last_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.partition("<!-- lead -->\n")[2].partition("<!-- /lead -->")[0] == lead()
 
 
 def test_the_seconds_are_those_of_the_last_run() -> None:

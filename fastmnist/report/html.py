@@ -38,8 +38,7 @@ CAPTIONS = {
     "predictions": (
         "Worst mistakes and a sample of right answers",
         "Test images with their true class, the model's answer and its probability",
-        "The mistakes come first, those whose answer stands furthest above the truth on top: ask of each whether you "
-        "would have read it right.",
+        "The mistakes come first, most confidently wrong on top. Would you have read them right?",
     ),
 }
 

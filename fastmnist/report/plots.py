@@ -138,7 +138,7 @@ def plot_predictions(
     sections = []
     if len(worst):
         shown = f"The {len(worst)} worst" if len(wrong) > len(worst) else f"All {len(worst)}"
-        heading = f"{shown} of these mistakes, the answer furthest above the truth first"
+        heading = f"{shown} of these mistakes, most confidently wrong first"
         sections.append((heading if len(worst) > 1 else "It is this one", worst, VALIDATION))
     if len(sample):
         sections.append(("Right answers, spread over the classes", sample, TRAIN))

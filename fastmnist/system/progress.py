@@ -22,7 +22,8 @@ class Reporter:
     """Prints to standard output; with `quiet`, only results."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # As text in a notebook too, where long lines wrap: rich's HTML would cut them.
+        self.console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
         self.quiet = quiet
         self._bar: Progress | None = None
         self._task: TaskID | None = None
