@@ -134,12 +134,13 @@ def plot(commits: Sequence[Mapping[str, Any]], path: Path) -> None:
     with styled():
         figure = new_figure(ACROSS * WIDTH, down * HEIGHT)
         panels = figure.subplots(down, ACROSS, squeeze=False).flat
-        for axes, ((group, name, ratio), points) in zip(panels, series.items(), strict=False):
+        for ((group, name, ratio), points), axes in zip(series.items(), panels, strict=False):
             places = [at for at, _ in points]
             low, middle, high = ([summary[part] for _, summary in points] for part in ("low", "median", "high"))
             axes.vlines(places, low, high, color=VALIDATION)
             axes.plot(places, middle, "o-", color=TRAIN, markersize=4)
-            axes.set_title("\n".join(wrapped(f"{group}: {name}, {NAMED[ratio]}", WIDTH - 0.7, 9)), fontsize=9)
+            title = wrapped(f"{group}: {name}, {NAMED[ratio]}", WIDTH - 0.9, 9, "bold")
+            axes.set_title("\n".join(title), fontsize=9)
             axes.set_ylim(0, 1.15 * max(high))
             axes.set_xlim(-0.5, len(commits) - 0.5)
             labels = [f"{commit['commit'][:7]}\n{commit['date'][5:10]}" for commit in commits]
