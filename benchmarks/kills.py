@@ -1,11 +1,12 @@
-"""Kill -9 at random moments of compile, expand, train, resume, tune and speedrun, and a check of what is left.
+"""Kill -9 at random moments of compile, expand, train, resume, tune, speedrun and a job of three processes.
 
     python benchmarks/kills.py --kills 200 --output kills.json
 
 Each command runs once undisturbed, which gives its duration and its result; then it is killed at a moment drawn over
 that duration. After a kill every file under a final name must be whole, the same command or --resume must end with the
-same bytes or weights, and then no temporary file may be left. Commands run in forks of this process, which has imported
-everything, with one thread each and a checkpoint every 0.05 s.
+same bytes or weights, and then no temporary file may be left. Of a job, one process is killed: the others must end by
+themselves, with one line about it, and the job that starts again must end with the same weights. Commands run in forks
+of this process, which has imported everything, with one thread each and a checkpoint every 0.05 s.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import time
 import traceback
 import xml.dom.minidom
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from fastmnist.beton.reader import Beton
 from fastmnist.cli import main as cli
@@ -64,7 +68,10 @@ COMMANDS = {
     "resume": "train --resume",
     "tune": f"tune {RUN} --loader-only --budget 2",
     "speedrun": f"speedrun {RUN} --epochs 1 --seeds 2",
+    "job": f"train {RUN} --log-every 5 --epochs 4 --batch-size 66 --timeout 0.5",
 }
+PROCESSES = 3  # of a job
+MOST_SECONDS = 60.0  # in which the others end when one of them was killed
 LEFT_OVER = (".tmp", ".lock")
 
 
@@ -72,17 +79,18 @@ class KillError(Exception):
     """A state that no kill may leave behind."""
 
 
-def begin(command: Sequence[object], log: Path) -> int:
+def begin(command: Sequence[object], log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> int:
     """Runs a command of fastmnist in a fork, its output in `log`; returns the process id."""
     process = os.fork()
     if process:
         return process
     status = 99
     try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if environment else os.O_TRUNC))
         os.dup2(out, 1)
         os.dup2(out, 2)
         checkpoint.SAVE_EVERY = SAVE_EVERY
+        os.environ.update(environment)
         status = cli.main([str(word) for word in command])
     except BaseException:
         traceback.print_exc()
@@ -110,6 +118,39 @@ def kill(command: Sequence[object], log: Path, after: float) -> bool:
     if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
         raise KillError(f"{command}: {log.read_text()}")
     return os.WIFSIGNALED(status)
+
+
+def begin_job(command: Sequence[object], log: Path) -> tuple[list[int], Any]:
+    """Runs a command in PROCESSES forks with what torchrun gives them; their ids, and the store where they meet."""
+    log.unlink(missing_ok=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": "kills",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    ranks = map(str, range(PROCESSES))
+    return [begin(command, log, common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ranks], store
+
+
+def end_job(processes: Sequence[int], log: Path) -> list[int]:
+    """Waits for all of them; their exit statuses, negative for a signal."""
+    statuses, until = {}, time.monotonic() + MOST_SECONDS
+    while len(statuses) < len(processes):
+        for process in processes:
+            if process not in statuses:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    statuses[process] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > until:
+                    os.kill(process, signal.SIGKILL)
+                    raise KillError(f"a process of the job hangs: {log.read_text()}")
+        time.sleep(0.02)
+    return [statuses[process] for process in processes]
 
 
 def check_beton(path: Path) -> None:
@@ -203,7 +244,11 @@ class Campaign:
         self.commands = {name: [*words.split(), *where.get(name, cache)] for name, words in COMMANDS.items()}
         self.run("train", scratch / "first", 0, "--epochs", "1")  # fills caches
         for name in COMMANDS:
-            if name != "resume":
+            if name == "job":
+                begun = time.perf_counter()
+                self._run_job(scratch / "whole-job")
+                self.durations[name] = time.perf_counter() - begun
+            elif name != "resume":
                 begun = time.perf_counter()
                 self.run(name, scratch / f"whole-{name}")
                 self.durations[name] = time.perf_counter() - begun
@@ -241,6 +286,8 @@ class Campaign:
         """Runs a command, kills it after so many seconds, and checks what is left; returns the outcome."""
         if name == "resume":
             shutil.copytree(self.stopped, folder)
+        if name == "job":
+            return self._kill_one_of_a_job(folder, after)
         killed = kill([*self.commands[name], folder], self.log, after)
         check_whole(folder)
         if name in ("compile", "expand"):
@@ -250,6 +297,33 @@ class Campaign:
         else:
             outcome = self._trained_to_the_end(folder)
         return outcome if killed else "had ended"
+
+    def _run_job(self, folder: Path) -> None:
+        processes, _store = begin_job([*self.commands["job"], folder], self.log)
+        if any(statuses := end_job(processes, self.log)):
+            raise KillError(f"exit statuses {statuses}: {self.log.read_text()}")
+
+    def _kill_one_of_a_job(self, folder: Path, after: float) -> str:
+        processes, _store = begin_job([*self.commands["job"], folder], self.log)
+        time.sleep(after)
+        victim = self.random.randrange(PROCESSES)
+        with suppress(ProcessLookupError):
+            os.kill(processes[victim], signal.SIGKILL)
+        statuses = end_job(processes, self.log)
+        check_whole(folder)
+        others = [status for number, status in enumerate(statuses) if number != victim]
+        if statuses[victim] != -signal.SIGKILL or not any(others):  # it, or all the others, had done their part
+            outcome = "had ended"
+        else:
+            lines = [line for line in self.log.read_text().splitlines() if line.startswith("fastmnist:")]
+            if 0 in others or len(lines) != 1:
+                raise KillError(f"exit statuses {statuses}: {self.log.read_text()}")
+            outcome = "killed one, then all started again to the same bits"
+        if not (folder / "summary.json").exists():
+            self._run_job(folder)
+        check_tidy(folder)
+        same_weights(folder, self.scratch / "whole-job")
+        return outcome
 
     def _written_again(self, name: str, folder: Path) -> str:
         self.run(name, folder)

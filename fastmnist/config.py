@@ -54,7 +54,7 @@ class DataConfig:
     """Training images held out for validation; by default 5,000, or a tenth of the training set if that is less."""
 
     batch_size: int = 128
-    """Images per training step."""
+    """Images per training step, in all processes together: each of several takes its share."""
 
     loader: LoaderName = "ours"
     """Loader of the training images: fastmnist's, or one to compare it with: FFCV on the same file, a plain or a tuned
@@ -176,6 +176,15 @@ class RunConfig:
     """graph records the whole step as one CUDA graph; default and max-autotune run torch.compile first, which takes
     half a minute to minutes; auto records on a GPU, and compiles if the run is long enough."""
 
+    sync_batchnorm: bool = False
+    """Normalise batches by the statistics of all processes together, at two more exchanges per layer and step."""
+
+    compress_gradients: bool = False
+    """Send gradients between processes as bfloat16: half the bytes."""
+
+    timeout: float = 10.0
+    """Minutes after which a process that waits for another one gives up."""
+
     log_every: Optional[int] = None
     """Steps between two lines in metrics.jsonl; by default 50, fewer in a short run."""
 
@@ -204,6 +213,7 @@ LIMITS: dict[str, tuple[float, float] | None] = {
     "scale": (0, 0.9),
     "seed": (0, 2**63 - 1),
     "log_every": (1, math.inf),
+    "timeout": (0.01, 1e5),
 }
 """Least and most of each number, both included. `loader_settings` has those of the loaders."""
 

@@ -15,6 +15,10 @@ class DataError(FastmnistError):
     """A data source or a compiled file is missing, damaged or not what it claims to be."""
 
 
+class ReportedError(FastmnistError):
+    """A failure that another process of the same job reports."""
+
+
 class ConfigError(FastmnistError):
     """A setting cannot work; the command line exits with status 2."""
 

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jsonargparse
@@ -18,7 +19,7 @@ import fastmnist
 from fastmnist.cli import measure_commands as measure
 from fastmnist.cli import run_commands as runs
 from fastmnist.cli.parser import INTERRUPTED, Parser
-from fastmnist.errors import ConfigError, FastmnistError
+from fastmnist.errors import ConfigError, FastmnistError, ReportedError
 
 STARTED = time.perf_counter()
 
@@ -36,6 +37,9 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
     "speedrun": (measure.speedrun_parser, measure.speedrun_command),
     "ladder": (measure.ladder_parser, measure.ladder_command),
 }
+
+
+OF_SEVERAL_PROCESSES = ("train", "speedrun", "evaluate")
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -61,14 +65,38 @@ def parse(arguments: Sequence[str]) -> Any:
     return options
 
 
+def joined(options: Any) -> AbstractContextManager[None]:
+    """The group of the processes that torchrun started for a command; nothing without torchrun.
+
+    Raises:
+        ConfigError: the command runs in a single process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.command not in OF_SEVERAL_PROCESSES:
+        raise ConfigError(
+            f"fastmnist {options.command} runs in one process, not in {os.environ['WORLD_SIZE']}: start it without "
+            "torchrun"
+        )
+    if "WORLD_SIZE" not in os.environ or options.command not in OF_SEVERAL_PROCESSES:
+        return nullcontext()
+    from fastmnist.system.processes import TIMEOUT, process_group
+
+    return process_group(options.device, getattr(options, "timeout", TIMEOUT))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for wrong usage, 130 after Ctrl-C, 1 for any other failure."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    # Of several processes the first one reports what is wrong in all of them, and each its own errors later.
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         options = parse(arguments)
         options.arguments, options.started = arguments, STARTED
-        return COMMANDS[options.command][1](options)
+        with joined(options):
+            speaks = True
+            return COMMANDS[options.command][1](options)
+    except ReportedError:
+        return 1
     except KeyboardInterrupt:
         print("fastmnist: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -76,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
         return 1
     except Exception as error:
+        if not speaks:
+            return 1
         if debug:
             traceback.print_exc()
         expected = isinstance(error, FastmnistError)

@@ -147,9 +147,10 @@ def speedrun_command(options: Any) -> int:
     from fastmnist.presets import TARGETS
     from fastmnist.report.speedrun_chart import plot_speedrun
     from fastmnist.runs.speedrun import speedrun
+    from fastmnist.system.processes import rank
     from fastmnist.system.progress import Reporter
 
-    reporter = Reporter(options.quiet)
+    reporter = Reporter(options.quiet, silent=rank() > 0)
     config, preset = configure(options)
     with new_folder(config.out, "speedrun") as folder:
         with reporter.working() as progress:
@@ -163,6 +164,8 @@ def speedrun_command(options: Any) -> int:
                 reporter=reporter,
                 progress=progress,
             )
+        if rank():
+            return 0
         write_json(folder / "speedrun.json", result.to_dict())
         plot_speedrun(result.to_dict(), [folder / "speedrun.png", folder / "speedrun.svg"])
     reporter.result(f"{result.verdict()}. {folder} has the picture and every seed.")

@@ -14,6 +14,7 @@ from fastmnist.cli.parser import (
     given_settings,
     new_parser,
 )
+from fastmnist.config import FOLDERS
 from fastmnist.files import write_json
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
@@ -78,17 +79,23 @@ def train_parser() -> Parser:
 
 
 def train_command(options: Any) -> int:
-    if options.resume is None:
-        from fastmnist.runs.train import train
+    from fastmnist.runs.train import continues, resume, train
+    from fastmnist.system.processes import rank
+    from fastmnist.system.progress import Reporter
 
-        config, preset = configure(options)
-        if preset != "none" and not config.quiet:
-            print(f"preset {preset} (--preset none turns it off, any flag overrides it)")
-        result = train(config, started=options.started)
-    else:
-        from fastmnist.runs.train import resume
-
+    if options.resume is not None:
         result = resume(options.resume, given_settings(options), started=options.started)
+    elif continues(options.out):
+        given = {name: value for name, value in given_settings(options).items() if name not in FOLDERS}
+        result = resume(options.out, given, started=options.started)
+    else:
+        config, preset = configure(options)
+        reporter = Reporter(config.quiet, silent=rank() > 0)
+        if preset != "none":
+            reporter.say(f"preset {preset} (--preset none turns it off, any flag overrides it)")
+        result = train(config, reporter=reporter, started=options.started)
+    if rank():
+        return 0
     write_json(options.json, result.summary | {"folder": str(result.folder)})
     return INTERRUPTED if result.interrupted else 0
 
@@ -106,8 +113,11 @@ def evaluate_command(options: Any) -> int:
 
     from fastmnist.inference.predict import evaluate
     from fastmnist.report.tables import evaluation_tables
+    from fastmnist.system.processes import rank
 
     result, names = evaluate(options.run, data_dir=options.data_dir, device=options.device)
+    if rank():
+        return 0
     console = Console(highlight=False)
     for table in evaluation_tables(result.confusion(), names):
         console.print(table)

@@ -17,6 +17,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.prepare.prepare import prepare
 from fastmnist.system.machine import choose_device
+from fastmnist.system.processes import first_on_each_machine
 from fastmnist.training.checkpoint import ModelCard, load_weights
 from fastmnist.training.evaluate import EVALUATION_BATCH, Evaluation, evaluate_model
 from fastmnist.training.run_folder import RunFolder
@@ -127,7 +128,8 @@ def open_test_set(run: Path, card: ModelCard, data_dir: str | None, cache_dir: s
         DataError: it cannot be had, or has other classes or another image shape than the model.
     """
     config = RunFolder(run).read_config()
-    prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
+    with first_on_each_machine():
+        prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
     file = Beton(prepared.test)
     stored = file.integrity.class_names if file.integrity else ()  # a file without names may lack a class
     named = not stored or stored == tuple(card.class_names)

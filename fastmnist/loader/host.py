@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from joblib import cpu_count
 
 from fastmnist.beton.reader import Beton
 from fastmnist.loader.augment import Augmentation
@@ -17,6 +16,7 @@ from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.kernels import gather, gather_float32, gather_looked_up, mend_array_types
 from fastmnist.loader.normalise import Moments, normalisation_table
 from fastmnist.loader.warp import gather_warped
+from fastmnist.system.machine import cores_of_this_process
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -177,7 +177,8 @@ class HostGatherer:
         batch_bytes = batch_size * file.image_size * self._gathered_dtype.itemsize
         together = max(1, min(MOST_TOGETHER, CALL_BYTES // batch_bytes))
         self._step = together * batch_size
-        self.threads = threads or min(cpu_count(), MOST_COPYING_THREADS if augment is None else MOST_THREADS)
+        most = MOST_COPYING_THREADS if augment is None else MOST_THREADS
+        self.threads = threads or min(cores_of_this_process(), most)
         if together * batch_bytes < CALL_BYTES // 2:
             self.threads = 1
         self._ahead = 2 * self.threads if self.threads > 1 else 1  # calls, so that no helper runs out of work

@@ -21,6 +21,7 @@ from fastmnist.presets import verdict
 from fastmnist.system.environment import origin
 from fastmnist.system.interrupt import stop_on_ctrl_c
 from fastmnist.system.numbers import duration
+from fastmnist.system.processes import backend, gather, world_size
 from fastmnist.system.progress import Reporter
 from fastmnist.system.statistics import row
 from fastmnist.training.loop import fastest_convolutions
@@ -187,6 +188,8 @@ class _Repeated:
         return {
             "data_seconds": self.session.data_seconds,
             "compile_seconds": self.compile_seconds,
+            "world_size": world_size(),
+            "backend": backend(),
             "device": str(self.session.device),
             "amp": self.session.precision.name,
             "compile": self.mode,
@@ -273,10 +276,10 @@ class _Repeated:
         try:
             trainer.begin_again(self.session.make_model(seed), loaders.train)
             while trainer.step < trainer.steps:
-                trainer.run_epoch(stop=lambda: trainer.step in stops or stop())
-                if stop():
+                ended = trainer.run_epoch(stop=lambda: trainer.step in stops or stop())
+                if any(gather(stop())):
                     return []
-                if trainer.step in stops:
+                if ended is None or trainer.step in stops:
                     accuracy = self._evaluate(loaders.test)
                     points.append({"train_seconds": trainer.seconds, "test_accuracy": accuracy})
         except FastmnistError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 from fastmnist.config import TrainConfig, checked_settings, flag, without_unused
 from fastmnist.errors import ConfigError, DataError, FastmnistError
@@ -21,6 +23,7 @@ from fastmnist.runs.tensorboard import summary_writer, tensorboard_events
 from fastmnist.system.environment import hardware, tuned_on, versions
 from fastmnist.system.interrupt import stop_on_ctrl_c
 from fastmnist.system.numbers import duration
+from fastmnist.system.processes import backend, broadcast, rank, world_size
 from fastmnist.system.progress import Reporter
 from fastmnist.training.checkpoint import (
     CHECKPOINT,
@@ -85,7 +88,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None, started: flo
         FastmnistError: bad data, a setting that cannot work, a loss that is no longer finite, a folder or disk that
             cannot be written. Ctrl-C does not raise: it ends the run with `interrupted` in the summary.
     """
-    return _Run(config, reporter or Reporter(config.quiet), started).execute()
+    return _Run(config, reporter or Reporter(config.quiet, silent=rank() > 0), started).execute()
 
 
 def resume(
@@ -105,21 +108,22 @@ def resume(
         FastmnistError: as `train`; also when the run is complete, another process is writing it, or its data or its
             settings have changed.
     """
-    run = RunFolder(Path(folder))
-    if any((run.path / name).exists() for name in (CONFIG, CHECKPOINT)):
+    run = RunFolder(Path(folder), writes=not rank())
+    if run.writes and any((run.path / name).exists() for name in (CONFIG, CHECKPOINT)):
         try:
             run.claim()
         except OSError as error:
             raise FastmnistError(f"{run.path}: cannot be written: {error.strerror or error}") from error
     try:
-        return _resume_claimed(run, given or {}, reporter, started)
+        # The first process reads: others may be on machines that do not have the folder.
+        config, state = broadcast(_read_stopped(run, given or {}) if run.writes else None)
+        return _Run(config, reporter or Reporter(config.quiet, silent=rank() > 0), started, (run, state)).execute()
     finally:
         run.release()
 
 
-def _resume_claimed(
-    run: RunFolder, given: dict[str, Any], reporter: Reporter | None, started: float | None
-) -> TrainResult:
+def _read_stopped(run: RunFolder, given: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings and the trainer's state of a run that was stopped, whose settings agree with `given`."""
     if (run.path / CONFIG).exists() and not (run.path / CHECKPOINT).exists():
         raise DataError(
             f"{run.path}: this run was stopped at step 0, before its first checkpoint, so there is nothing to resume; "
@@ -143,8 +147,34 @@ def _resume_claimed(
     summary = run.read_summary()
     if summary.get("interrupted") is False:
         raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
-    state = {"amp": _begun_with(summary, state)} | state
-    return _Run(config, reporter or Reporter(config.quiet), started, (run, state)).execute()
+    return config, {"amp": _begun_with(summary, state)} | state
+
+
+def continues(out: str | None) -> bool:
+    """Whether a job that torchrun starts again finds its run, stopped, in the folder `out`.
+
+    A run without a checkpoint is removed: it begins anew.
+
+    Raises:
+        ConfigError: torchrun would start the job again, and `out` is None: it could not find its run.
+    """
+    if not distributed.is_torchelastic_launched():
+        return False
+    if out is None:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            raise ConfigError("torchrun --max-restarts starts a run again: name its folder with --out, to continue it")
+        return False
+    return bool(broadcast(_holds_stopped_run(RunFolder(Path(out).expanduser())) if not rank() else None))
+
+
+def _holds_stopped_run(run: RunFolder) -> bool:
+    if not (run.path / CONFIG).exists() or run.read_summary().get("interrupted") is False:
+        return False
+    if not (run.path / CHECKPOINT).exists():
+        run.claim()
+        run.discard()
+        return False
+    return True
 
 
 def _begun_with(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
@@ -253,6 +283,11 @@ class _Run:
         trainer, config = self.trainer, self.config
         held_out = f" ({config.val_size:,} held out for validation)" if config.val_size else ""
         epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:.3g} epochs"
+        if world_size() > 1:
+            self.reporter.say(
+                f"{world_size()} processes ({backend()}) share each step's {config.batch_size} images, "
+                f"{config.batch_size // world_size()} each; the learning rate is that of {config.batch_size}"
+            )
         self.reporter.say(
             f"{self.files.dataset}: {len(self.files.train):,} training images{held_out}, {len(self.files.test):,} test "
             f"images; {config.model}, {self.session.parameters:,} parameters; {epochs}, {trainer.steps:,} steps of "
@@ -270,7 +305,7 @@ class _Run:
         with (
             stop_on_ctrl_c(self.reporter.say) as stop,
             Checkpoints(self.folder.path, self.config.to_dict(), self.folder.check) as self.checkpoints,
-            tensorboard_events(self.folder.path, self.config.tensorboard) as events,
+            tensorboard_events(self.folder.path, self.config.tensorboard and self.folder.writes) as events,
         ):
             self.events = events
             try:
@@ -278,12 +313,13 @@ class _Run:
                 evaluation = self._evaluate(self.loaders.test, stop) if done else None
             except StopRequested:
                 evaluation = None
-            self.folder.check()
-            self.checkpoints.wait()
-            save_checkpoint(self.folder.path, self.config.to_dict(), self._state(), self.folder.check)
-            save_weights(self.folder.path, self.trainer.model, self.card)
             summary = self._summary(evaluation)
-            self._draw(evaluation, summary)
+            if self.folder.writes:
+                self.folder.check()
+                self.checkpoints.wait()
+                save_checkpoint(self.folder.path, self.config.to_dict(), self._state(), self.folder.check)
+                save_weights(self.folder.path, self.trainer.model, self.card)
+                self._draw(evaluation, summary)
             summary["total_seconds"] = time.perf_counter() - self.clocks.started
             self.folder.write_summary(summary)
         self._conclude(summary)
@@ -311,7 +347,7 @@ class _Run:
         return True
 
     def _keep_state(self) -> None:
-        if self.checkpoints.due():
+        if self.folder.writes and self.checkpoints.due():
             self.folder.check()
             self.checkpoints.begin(self._state())
 
@@ -367,6 +403,9 @@ class _Run:
             "evaluate_seconds": self.clocks.evaluate,
             "total_seconds": time.perf_counter() - self.clocks.started,
             "images_per_second": trainer.images_per_second,
+            "images_per_second_per_process": trainer.images_per_second / world_size(),
+            "world_size": world_size(),
+            "backend": backend(),
             "device": str(trainer.device),
             "amp": self.session.precision.name,
             "compile": self.compile_mode,

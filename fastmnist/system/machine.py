@@ -19,13 +19,18 @@ PROCESSORS, PROCESSOR_INFO = Path("/sys/devices/system/cpu"), Path("/proc/cpuinf
 
 
 def choose_device(asked: str | torch.device | None) -> torch.device:
-    """The device of that name; None or "auto" takes the GPU when there is one.
+    """The device of that name; None or "auto" takes the GPU when there is one, of several processes each its own.
 
     Raises:
         ConfigError: there is no such device.
     """
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
     if asked in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+        if asked == "cpu" or not several:
+            return torch.device(asked)
+    if several and str(asked) == "cuda":
+        asked = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(asked)  # type: ignore[arg-type]
         torch.empty(1, device=device)
@@ -74,6 +79,11 @@ def physical_cores() -> int:
         }
         return int(min(allowed, len(siblings)))
     return int(allowed)
+
+
+def cores_of_this_process() -> int:
+    """Its share of the cores, of which torchrun's processes on a machine have equally many."""
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def available_memory() -> int:

@@ -19,11 +19,11 @@ PLAIN_EVERY = 10.0  # seconds between two plain lines
 
 
 class Reporter:
-    """Prints to standard output; with `quiet`, only results."""
+    """Prints to standard output, with `quiet` only results, with `silent` nothing."""
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, quiet: bool = False, console: Console | None = None, *, silent: bool = False) -> None:
         # As text in a notebook too, where long lines wrap: rich's HTML would cut them.
-        self.console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False)
+        self.console = console or Console(highlight=False, soft_wrap=True, force_jupyter=False, quiet=silent)
         self.quiet = quiet
         self._bar: Progress | None = None
         self._task: TaskID | None = None

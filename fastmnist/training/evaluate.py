@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
+from fastmnist.system.processes import gather, rank, world_size
+from fastmnist.training.parallel import take_buffers_of_first
 
 EVALUATION_BATCH = 500
 EVALUATION_BATCH_ON_GPU = 2500  # a fifth of the launches, which bound an evaluation
@@ -78,34 +80,47 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluates the model on one epoch of a loader of uint8 images in the file's order.
 
-    Always in float32, so that a run's accuracy is that of its saved weights anywhere.
+    Several processes share the batches, and all return the whole: each image counts once. Always in float32, so that
+    a run's accuracy is that of its saved weights anywhere.
 
     Args:
         mean, std: per channel, of the data that the model was trained on.
         shifted: average the logits of each image over itself and its shifts by one pixel in four directions.
 
     Raises:
-        StopRequested: `stop`, asked before each batch, returned True.
+        StopRequested: `stop`, asked before each batch, returned True in some process.
     """
     was_training = model.training
     model.eval()
     device = loader.device
     normalise = Normaliser(mean, std, device)
-    logits, labels = [], []
+    take_buffers_of_first(model)
+    own, stopped = {}, False
     try:
-        for images, batch_labels in loader:
-            if stop():
-                raise StopRequested
-            logits.append(model(normalise(images)) if not shifted else _over_shifts(model, normalise, images))
-            labels.append(batch_labels.clone())
+        for number, (images, labels) in enumerate(loader):
+            if stopped := stop():
+                break
+            if number % world_size() == rank():
+                logits = model(normalise(images)) if not shifted else _over_shifts(model, normalise, images)
+                own[number] = logits, labels.clone()
     finally:
         model.train(was_training)
-    all_logits, all_labels = torch.cat(logits), torch.cat(labels)
+    if any(gather(stopped)):
+        raise StopRequested
+    batches = {number: found for shared in gather(_on_cpu(own)) for number, found in shared.items()}
+    all_logits, all_labels = (torch.cat(parts) for parts in zip(*(batches[n] for n in sorted(batches)), strict=True))
     return Evaluation(
         labels=all_labels.cpu().numpy(),
         probabilities=all_logits.softmax(1).cpu().numpy(),
         loss=float(functional.cross_entropy(all_logits, all_labels)),
     )
+
+
+def _on_cpu(batches: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """The batches as they travel between processes; as they are in a single one."""
+    if world_size() == 1:
+        return batches
+    return {number: (logits.cpu(), labels.cpu()) for number, (logits, labels) in batches.items()}
 
 
 def accuracy_interval(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
+from fastmnist.system.processes import world_size
+
 TIMED = 5  # replays
-WARM_UPS = 3  # runs before recording
+WARM_UPS, WARM_UPS_OF_SEVERAL = 3, 11  # runs before recording: DistributedDataParallel settles later
 
 Body = Callable[[], None]
 Update = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -43,7 +45,7 @@ def cuda_graph(body: Body, reset: Body) -> Body:
     Raises:
         RuntimeError: something in it cannot be recorded (it waits for the GPU, or its shapes depend on data).
     """
-    for _ in range(WARM_UPS):
+    for _ in range(WARM_UPS if world_size() == 1 else WARM_UPS_OF_SEVERAL):
         reset()
         body()
     graph = torch.cuda.CUDAGraph()

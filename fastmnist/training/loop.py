@@ -20,8 +20,10 @@ from fastmnist.loader.device import on_device
 from fastmnist.loader.epochs import EpochLoader, with_position
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.system.machine import synchronize
+from fastmnist.system.processes import average, gather, world_size
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
 from fastmnist.training.optimizer import DEFAULT_RATES, MixedPrecisionOptimizer, one_cycle
+from fastmnist.training.parallel import distribute
 from fastmnist.training.precision import Precision
 from fastmnist.training.readback import Readback, Readbacks
 from fastmnist.training.state import check_state, random_state, restoring, set_random_state
@@ -54,6 +56,8 @@ class Trainer:
     Attributes:
         step, steps: optimizer steps done, and in all; the last epoch may be a fraction of one.
         seconds: the training clock, which stops during validation.
+        network: `model`, as DistributedDataParallel where there are several processes.
+        batch_size: images of a step, in all processes together.
         chunk: number of batches that are prepared together.
         compute: prepared (images, labels) to (mean loss, number of right answers): `forward`, or its compiled form.
         graph: the whole step as one CUDA graph, once it is recorded.
@@ -63,7 +67,9 @@ class Trainer:
         assert config.epochs is not None
         self.model, self.loader, self.config, self.precision = model, loader, config, precision
         self.device = loader.device
+        self.network = distribute(model, self.device, compress=config.compress_gradients)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.batch_size = loader.stride
         self.steps = max(1, round(len(loader) * config.epochs))
         self.chunk = _batches_together(loader)
         self.normalise = Normaliser(*loader.file.moments, self.device)
@@ -72,6 +78,8 @@ class Trainer:
         self.optimizer = MixedPrecisionOptimizer(model, config, precision, self.device)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
+        # Steps after which the processes exchange results. On a GPU none waits for the others more often than it must.
+        self._together = 1 if world_size() == 1 or self.device.type == "cpu" else min(self.log_every, LOG_EVERY)
         self.rates = one_cycle(self.steps, peak, config.warmup)
         classes, smoothing = len(loader.file.class_names), config.label_smoothing
         # Smoothed target of each label, (C, C): a third of the operations of cross_entropy's own label_smoothing.
@@ -103,7 +111,7 @@ class Trainer:
         amp = self.precision.amp
         with torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None):
             low = self.optimizer.low
-            logits = self.model(images) if low is None else functional_call(self.model, low.tensors, (images,))
+            logits = self.network(images) if low is None else functional_call(self.model, low.tensors, (images,))
         loss = functional.cross_entropy(logits.float(), self._targets.index_select(0, labels))
         return loss, (logits.argmax(1) == labels).sum()
 
@@ -262,10 +270,10 @@ class Trainer:
         """Trains for the rest of the current epoch.
 
         Args:
-            stop: asked after each step; True ends the epoch early.
+            stop: asked after each step; True, in any process, ends the epoch early.
             on_log, on_tick: get a record every `log_every` steps and every `tick_seconds`; on a GPU some steps late,
                 for neither waits for it.
-            after_step: called after each step.
+            after_step: called after each step; with several processes, after those on whose results they agreed.
 
         Returns:
             The whole epoch's record; None when `stop` ended it.
@@ -288,8 +296,11 @@ class Trainer:
 
             return told
 
-        logged, ticked = first, before
+        logged, ticked, agreed = first, before, first
         for done in self._train(epoch, first):
+            stopping = False
+            if together := done - agreed == self._together or done % self.log_every == 0 or done == batches:
+                stopping, agreed = self._agree(agreed, done, stop()), done
             self.seconds = before + time.perf_counter() - begun
             if done % self.log_every == 0 or done == batches:
                 readbacks.request(logged, done, self.step, tell(on_log))
@@ -299,8 +310,9 @@ class Trainer:
                 ticked = self.seconds
             else:
                 readbacks.poll()
-            after_step()
-            if done < batches and stop():
+            if together:
+                after_step()
+            if done < batches and stopping:
                 readbacks.request(logged, done, self.step, tell(lambda record: None))
                 readbacks.finish()
                 self.synchronize()
@@ -312,6 +324,15 @@ class Trainer:
         self.synchronize()
         self.seconds = before + time.perf_counter() - begun
         return self.epoch_record(epoch)
+
+    def _agree(self, start: int, end: int, stop: bool) -> bool:
+        """Averages the results of these batches over all processes; whether any process is to stop."""
+        if world_size() == 1:
+            return stop
+        results = torch.stack([self._losses[start:end], self._right[start:end]])
+        average(results)
+        self._losses[start:end], self._right[start:end] = results
+        return any(gather(stop))
 
     def _train(self, epoch: int, first: int) -> Iterator[int]:
         """Trains on the batches of an epoch from number `first` on; yields after each how many are done."""
@@ -364,7 +385,7 @@ class Trainer:
     @property
     def images_per_second(self) -> float:
         """Images trained on over the training clock."""
-        return self.step * self.loader.batch_size / self.seconds if self.seconds else 0.0
+        return self.step * self.batch_size / self.seconds if self.seconds else 0.0
 
     def _record(self, epoch: int, read: Readback) -> Record:
         wrong = (~torch.isfinite(read.losses)).nonzero()
@@ -375,15 +396,14 @@ class Trainer:
                 f"the loss is {float(read.losses[at])} at step {step + 1} of {len(self.rates)} "
                 f"(learning rate {self.rates[step]:.3g}); try a smaller --learning-rate, a longer --warmup or --amp off"
             )
-        size = self.loader.batch_size
         return {
             "kind": "step",
             "step": read.step,
             "epoch": epoch,
             "loss": float(read.losses.mean()),
-            "accuracy": float(read.right.mean()) / size,
+            "accuracy": float(read.right.mean()) / self.loader.batch_size,
             "learning_rate": self.rates[read.step - 1],
-            "images_per_second": read.step * size / self.seconds if self.seconds else 0.0,
+            "images_per_second": read.step * self.batch_size / self.seconds if self.seconds else 0.0,
             "seconds": self.seconds,
         }
 

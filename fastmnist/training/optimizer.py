@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastmnist.config import TrainConfig
+from fastmnist.system.processes import world_size
 from fastmnist.training.live_taps import LiveConv2d
 from fastmnist.training.overlap import join
 from fastmnist.training.precision import Precision
@@ -89,7 +90,8 @@ class MixedPrecisionOptimizer:
         rate: () float32 on the device, the learning rate of the next step.
         base: torch's optimizer.
         scaler: scales float16 gradients; disabled in other dtypes.
-        low: 16-bit copies of the weights; None in float32.
+        low: 16-bit copies of the weights; None in float32, and with several processes, since
+            DistributedDataParallel averages the gradients of a model's own weights.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, precision: Precision, device: torch.device) -> None:
@@ -97,7 +99,7 @@ class MixedPrecisionOptimizer:
         self.rate = torch.zeros((), device=device)
         self.base = _torch_optimizer(self._parameters, config, self.rate, device)
         self._create_momenta()
-        self.low = None if precision.amp is None else LowWeights(model, precision.amp)
+        self.low = None if precision.amp is None or world_size() > 1 else LowWeights(model, precision.amp)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=precision.scaled)
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors
 

@@ -8,6 +8,7 @@ import torch
 
 from fastmnist.errors import ConfigError
 from fastmnist.system.machine import processor_flags
+from fastmnist.system.processes import world_size
 
 # Seconds of a cold torch.compile of a ResNet-18, forward and backward, and the share of a recorded step that it saves
 # (H200, torch 2.11, batch 256: 24 s, in a later process about 10 s; 1.42 ms became 0.89).
@@ -67,12 +68,16 @@ def choose_compile(asked: str, device: torch.device) -> tuple[str, str]:
     Raises:
         ConfigError: the mode needs a GPU and there is none.
     """
+    if asked in ("default", "max-autotune") and world_size() > 1:
+        raise ConfigError(f"--compile {asked} serves a single process; with several say off or auto")
     if asked == "graph" and device.type != "cuda":
         raise ConfigError("--compile graph records a CUDA graph and needs a GPU; say default, off or auto")
     if asked != "auto":
         return asked, "asked for"
     if device.type != "cuda":
         return "off", "on a CPU compiling a ResNet-18 took 37 to 59 s and made it no faster"
+    if world_size() > 1:
+        return "off", "with several processes a step is recorded only when --compile graph says so"
     return "graph", "recorded as a CUDA graph"
 
 

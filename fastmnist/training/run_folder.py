@@ -17,6 +17,7 @@ import yaml
 from fastmnist.config import TrainConfig, checked_settings, short
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.files import open_alone, remove_orphans, write_bytes
+from fastmnist.system.processes import broadcast, rank
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 LOCK = ".lock"  # exists while a process writes the folder
@@ -25,10 +26,14 @@ RUNS = Path("runs")
 
 
 class RunFolder:
-    """A run's text files; between `claim` and `release` no other process writes to the folder."""
+    """A run's text files; between `claim` and `release` no other process writes to the folder.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        writes: whether this process writes them: of several processes, the first one does.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self._lock: BinaryIO | None = None
         self._identity: os.stat_result
 
@@ -36,11 +41,20 @@ class RunFolder:
     def create(cls, out: str | None, dataset: str) -> RunFolder:
         """A new folder, claimed: `out`, which must be new or empty, or the next runs/<date>-<dataset>-<n>.
 
-        A folder counts as empty when a killed process left only temporary files in it.
+        A folder counts as empty when a killed process left only temporary files in it. Several processes get the
+        same folder, which the first one creates.
 
         Raises:
             ConfigError: `out` is not empty. FastmnistError: the folder cannot be created.
         """
+        if rank():
+            return cls(broadcast(None), writes=False)
+        folder = cls._create(out, dataset)
+        broadcast(folder.path)
+        return folder
+
+    @classmethod
+    def _create(cls, out: str | None, dataset: str) -> RunFolder:
         try:
             if out is not None:
                 path = Path(out).expanduser()
@@ -99,13 +113,13 @@ class RunFolder:
 
     def discard(self) -> None:
         """Removes the claimed folder with its content, but not another one that has taken its place."""
-        if self._exists():
+        if self.writes and self._exists():
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def check(self) -> None:
         """Raises FastmnistError when the claimed folder is gone: nothing must be written in its place."""
-        if not self._exists():
+        if self.writes and not self._exists():
             raise FastmnistError(
                 f"{self.path}: this folder was deleted, moved or replaced during the run, which wrote nothing more to "
                 "it; begin a new run, or resume the folder where it is now"
@@ -151,6 +165,8 @@ class RunFolder:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
+        if not self.writes:
+            return
         self.check()
         path = self.path / METRICS
         try:
@@ -180,13 +196,16 @@ class RunFolder:
 
     def forget_after(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after `step`, which will be trained again, and returns the others."""
+        if not self.writes:
+            return []
         kept = [record for record in self.records() if record["step"] <= step]
         self._write(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
     def _write(self, name: str, text: str) -> None:
-        self.check()
-        write_bytes(self.path / name, text.encode())
+        if self.writes:
+            self.check()
+            write_bytes(self.path / name, text.encode())
 
 
 def _record(line: bytes) -> dict[str, Any]:

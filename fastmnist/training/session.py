@@ -23,7 +23,9 @@ from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.loader import Loader
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.prepare.prepare import prepare
+from fastmnist.system.environment import versions
 from fastmnist.system.machine import choose_device
+from fastmnist.system.processes import check_agreement, check_launch, first_on_each_machine, world_size
 from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU, Evaluation, evaluate_model
 from fastmnist.training.live_taps import use_live_taps
@@ -31,6 +33,7 @@ from fastmnist.training.loop import Trainer
 from fastmnist.training.model import build_model, count_parameters, stop_counting
 from fastmnist.training.optimizer import DEFAULT_RATES
 from fastmnist.training.overlap import overlap
+from fastmnist.training.parallel import share_batch_norm
 from fastmnist.training.precision import Precision, choose_compile, choose_precision
 
 if TYPE_CHECKING:
@@ -104,6 +107,7 @@ class Session:
         precision: Callable[[torch.device], Precision] | None = None,
         resumed: bool = False,
     ) -> None:
+        check_launch()
         begun = time.perf_counter()
         self.files, self.config = self._open(config, reporter)
         with ExitStack() as failing:
@@ -117,6 +121,14 @@ class Session:
             )
             if not resumed:
                 refuse_unused(self.config.to_dict(), self.device.type)
+            check_agreement(
+                {
+                    "version": versions(),
+                    "setting": self.config.recipe() | {"amp": self.precision.name},
+                    "training file": self.files.train.fingerprint,
+                    "test file": self.files.test.fingerprint,
+                }
+            )
             self.loaders = self.make_loaders(self.config.seed)
             failing.callback(self.loaders.close)
             self.data_seconds = time.perf_counter() - begun
@@ -141,7 +153,10 @@ class Session:
         if config.live_taps and config.model == "resnet18":
             use_live_taps(model, (height, width, channels))
         stop_counting(model)
-        if self.device.type == "cuda":
+        if config.sync_batchnorm:
+            share_batch_norm(model)
+        # DistributedDataParallel sends a gradient when autograd has it, which must then be complete.
+        if self.device.type == "cuda" and world_size() == 1:
             overlap(model)
         return model
 
@@ -149,25 +164,22 @@ class Session:
         """The loaders of a run with that seed, their batches on the device; the caller closes them."""
         config, files = self.config, self.files
         training, validation = self._split()
-        common: dict[str, Any] = {
-            "device": self.device,
-            "rank": 0,  # one process: a sharded evaluation would be wrong without a sign of it
-            "world_size": 1,
-        }
 
         def evaluation(file: Beton, indices: np.ndarray | None) -> Loader:
             size = EVALUATION_BATCH if self.device.type == "cpu" else EVALUATION_BATCH_ON_GPU
-            return Loader(file, size, shuffle=False, indices=indices, **common, **_own_settings(config, "ours"))
+            whole: dict[str, Any] = {"indices": indices, "rank": 0, "world_size": 1}  # `evaluate_model` shares them
+            return Loader(file, size, shuffle=False, device=self.device, **whole, **_own_settings(config, "ours"))
 
         return RunLoaders(
             train=LOADERS[config.loader](
                 files.train,
-                config.batch_size,
+                config.batch_size // world_size(),
                 seed=seed,
+                device=self.device,
                 indices=training,
                 drop_last=True,
+                uneven="drop",
                 moments=files.train,
-                **common,
                 **loader_arguments(config),
             ),
             validation=None if validation is None else evaluation(files.train, validation),
@@ -194,12 +206,20 @@ class Session:
     @staticmethod
     def _open(config: TrainConfig, reporter: Reporter) -> tuple[RunFiles, TrainConfig]:
         """Writes the files that are missing, opens both, and fills in every setting that depends on them."""
-        prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=reporter.writing)
+        with first_on_each_machine():
+            prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=reporter.writing)
         train, test = Beton(prepared.train, config.verify), Beton(prepared.test, config.verify)
         if train.image_shape != test.image_shape or max(test.labels) >= len(train.class_names):
             raise DataError(
                 f"{prepared.train} has {len(train.class_names)} classes and images of {train.image_shape}, "
                 f"{prepared.test} has {len(test.class_names)} and {test.image_shape}; compile both from one source"
+            )
+        share, rest = divmod(config.batch_size, world_size())
+        if rest or share < 2:  # batch normalisation needs two
+            fitting = max(2 * world_size(), config.batch_size - rest)
+            raise ConfigError(
+                f"--batch-size {config.batch_size} cannot be shared equally by {world_size()} processes, at least 2 "
+                f"images each: say {fitting} or {fitting + world_size()}"
             )
         val_size = config.val_size
         if val_size is None:
