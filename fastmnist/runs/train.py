@@ -256,7 +256,7 @@ class _Run:
             self.trainer.load_state_dict(state | {"amp": self.session.precision.name})
         except DataError as error:
             raise DataError(f"{self.folder.path / CHECKPOINT}: {error}; begin the run anew, or restore it") from error
-        self.records = self.folder.forget_after(self.trainer.step)
+        self.records = broadcast(self.folder.forget_after(self.trainer.step))  # all must find the same epochs ended
 
     def _compare_with_tuning(self) -> None:
         here = tuned_on(self.session.device, self.files.train.image_shape, self.files.dataset)

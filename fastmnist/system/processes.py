@@ -24,9 +24,14 @@ LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 TIMEOUT = 10.0  # minutes
 
 
+def launched() -> bool:
+    """Whether this process belongs to a job, of one process or several."""
+    return _grouped() or os.environ.keys() >= LAUNCHED
+
+
 def check_launch() -> None:
     """Raises ConfigError where this process was started as one of several that have no group."""
-    if os.environ.keys() >= LAUNCHED and int(os.environ["WORLD_SIZE"]) > 1 and not _grouped():
+    if launched() and not _grouped() and int(os.environ["WORLD_SIZE"]) > 1:
         raise ConfigError(
             f"{os.environ['WORLD_SIZE']} processes were started, each of which would train alone: call "
             "torch.distributed.init_process_group first, or run torchrun -m fastmnist train"
@@ -73,7 +78,7 @@ def process_group(device: str = "auto", minutes: float = TIMEOUT) -> Iterator[No
         ReportedError: this process ends because of another one, which reports why.
         FastmnistError: the group cannot be joined, or another process died.
     """
-    if not os.environ.keys() >= LAUNCHED or _grouped():
+    if not launched() or _grouped():
         yield
         return
     size, number = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))

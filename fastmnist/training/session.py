@@ -16,7 +16,7 @@ from torch import nn
 
 from fastmnist.baselines.loaders import LOADERS
 from fastmnist.beton.reader import Beton
-from fastmnist.config import TrainConfig, refuse_unused
+from fastmnist.config import TrainConfig, flag, refuse_unused
 from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.epochs import EpochLoader
@@ -25,7 +25,7 @@ from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.prepare.prepare import prepare
 from fastmnist.system.environment import versions
 from fastmnist.system.machine import choose_device
-from fastmnist.system.processes import check_agreement, check_launch, first_on_each_machine, world_size
+from fastmnist.system.processes import check_agreement, check_launch, first_on_each_machine, launched, world_size
 from fastmnist.training.compiling import set_up_compile
 from fastmnist.training.evaluate import EVALUATION_BATCH, EVALUATION_BATCH_ON_GPU, Evaluation, evaluate_model
 from fastmnist.training.live_taps import use_live_taps
@@ -121,6 +121,9 @@ class Session:
             )
             if not resumed:
                 refuse_unused(self.config.to_dict(), self.device.type)
+                for name in ("sync_batchnorm", "compress_gradients"):
+                    if getattr(self.config, name) and not launched():
+                        raise ConfigError(f"{flag(name)} has no effect without torchrun; leave it out")
             check_agreement(
                 {
                     "version": versions(),
