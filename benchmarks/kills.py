@@ -1,6 +1,7 @@
 """Kill -9 at random moments of compile, expand, train, resume, tune, speedrun and a job of three processes.
 
     python benchmarks/kills.py --kills 200 --output kills.json
+    python benchmarks/kills.py --kills 50 --commands job --output kills_job.json
 
 Each command runs once undisturbed, which gives its duration and its result; then it is killed at a moment drawn over
 that duration. After a kill every file under a final name must be whole, the same command or --resume must end with the
@@ -233,8 +234,8 @@ class Campaign:
     counts: (command, outcome) to how often. wrong: descriptions of states that no kill may leave.
     """
 
-    def __init__(self, scratch: Path, seed: int) -> None:
-        self.scratch, self.log, self.random = scratch, scratch / "log", random.Random(seed)
+    def __init__(self, scratch: Path, seed: int, names: Sequence[str]) -> None:
+        self.scratch, self.log, self.random, self.names = scratch, scratch / "log", random.Random(seed), names
         self.counts: Counter[tuple[str, str]] = Counter()
         self.wrong: list[str] = []
         self.durations: dict[str, float] = {}
@@ -243,17 +244,16 @@ class Campaign:
         cache = ["--cache-dir", scratch / "cache", "--out"]
         self.commands = {name: [*words.split(), *where.get(name, cache)] for name, words in COMMANDS.items()}
         self.run("train", scratch / "first", 0, "--epochs", "1")  # fills caches
-        for name in COMMANDS:
+        for name in {"train" if name == "resume" else name: None for name in names}:
+            begun = time.perf_counter()
             if name == "job":
-                begun = time.perf_counter()
                 self._run_job(scratch / "whole-job")
-                self.durations[name] = time.perf_counter() - begun
-            elif name != "resume":
-                begun = time.perf_counter()
+            else:
                 self.run(name, scratch / f"whole-{name}")
-                self.durations[name] = time.perf_counter() - begun
-        self.durations["resume"] = self.durations["train"]
-        self._stop_a_run()
+            self.durations[name] = time.perf_counter() - begun
+        if "resume" in names:
+            self.durations["resume"] = self.durations["train"]
+            self._stop_a_run()
 
     def run(self, name: str, folder: Path, expected: int = 0, *more: object) -> str:
         return run([*self.commands[name], folder, *more], self.log, expected)
@@ -270,7 +270,7 @@ class Campaign:
         os.waitpid(process, 0)
 
     def go(self, kills: int) -> None:
-        for number, name in enumerate(itertools.islice(itertools.cycle(COMMANDS), kills)):
+        for number, name in enumerate(itertools.islice(itertools.cycle(self.names), kills)):
             folder = self.scratch / f"{number}-{name}"
             after = self.random.uniform(0, self.durations[name])
             try:
@@ -364,13 +364,13 @@ class Campaign:
         return outcome
 
 
-def campaign(kills: int, seed: int) -> dict[str, Any]:
+def campaign(kills: int, seed: int, names: Sequence[str]) -> dict[str, Any]:
     torch.set_num_threads(1)  # a fork keeps no threads
     for name in IMPORTED:
         importlib.import_module(name)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        done = Campaign(Path(scratch), seed)
+        done = Campaign(Path(scratch), seed, names)
         done.go(kills)
     counts: dict[str, dict[str, int]] = {}
     for (name, outcome), count in done.counts.items():
@@ -390,9 +390,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--output", help="JSON file for the result")
     options = parser.parse_args()
-    result = campaign(options.kills, options.seed)
+    result = campaign(options.kills, options.seed, options.commands)
     print(json.dumps(result, indent=2))
     write_json(options.output, result)
     return 1 if result["wrong"] else 0

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for wrong usage, 130 after Ctrl-C, 1 for any other failure."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    # Of several processes the first one reports what is wrong in all of them, and each its own errors later.
+    # Wrong usage is the same in all processes of a job: the first one reports it. Later errors are each one's own.
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         options = parse(arguments)
@@ -104,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
         return 1
     except Exception as error:
-        if not speaks:
-            return 1
+        if not speaks and isinstance(error, ConfigError):
+            return 2
         if debug:
             traceback.print_exc()
         expected = isinstance(error, FastmnistError)

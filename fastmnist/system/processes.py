@@ -95,12 +95,15 @@ def process_group(device: str = "auto", minutes: float = TIMEOUT) -> Iterator[No
         backend = "cpu:gloo,cuda:nccl"
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, too
         torch.set_num_threads(max(1, physical_cores() // size))
+    store = None
     try:
         store, own, world = next(distributed.rendezvous("env://", timeout=timedelta(minutes=minutes)))
         distributed.init_process_group(
             backend, store=store, rank=own, world_size=world, timeout=timedelta(minutes=minutes)
         )
     except (RuntimeError, ValueError) as error:
+        if not _is_first(store):
+            raise ReportedError("another process reports why they cannot join") from error
         raise FastmnistError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot join the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {_first_line(error)}"
@@ -123,7 +126,7 @@ def _is_first(store: Any) -> bool:
     """Whether this process is the first of the job to fail."""
     try:
         return bool(store.add("fastmnist failures", 1) == 1)
-    except RuntimeError:  # whoever kept the store is gone
+    except (RuntimeError, AttributeError):  # whoever kept the store is gone, or was never there
         return True
 
 
