@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[Any], int]]] = {
 }
 
 
-OF_SEVERAL_PROCESSES = ("train", "speedrun", "evaluate")
+OF_SEVERAL_PROCESSES = ("train", "speedrun", "evaluate", "doctor")
 
 
 def parse(arguments: Sequence[str]) -> Any:

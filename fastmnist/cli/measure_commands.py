@@ -79,14 +79,23 @@ def doctor_parser() -> Parser:
 
 def doctor_command(options: Any) -> int:
     from fastmnist.measure.doctor import diagnose_training
+    from fastmnist.measure.straggler import Comparison, Step
+    from fastmnist.system.processes import gather, rank
     from fastmnist.system.progress import Reporter
 
-    reporter = Reporter(options.quiet)
+    reporter = Reporter(options.quiet, silent=rank() > 0)
     result = diagnose_training(configure(options)[0], options.seconds, reporter)
     reporter.result(result.verdict)
+    steps = gather(Step.of(result.evidence))
+    content = result.to_dict()
+    if len(steps) > 1:
+        comparison = Comparison(steps)
+        reporter.result(comparison.verdict())
+        content |= comparison.to_dict()
     for line in result.lines():
         reporter.say(line)
-    write_json(options.json, result.to_dict())
+    if not rank():
+        write_json(options.json, content)
     return 0
 
 

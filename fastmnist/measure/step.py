@@ -68,6 +68,7 @@ def training_setup(
     with Session(config, reporter) as session:
         files, config, trainer = session.files, session.config, session.trainer
         height, width, _ = files.train.image_shape
+        trainer.network = trainer.model  # each of several processes measures its own part of a step
         trainer.model.train()
         transforms = _transforms(config, largest_batch or config.batch_size, (height, width), session.device)
         if choose_compile(config.compile, session.device)[0] != "off":

@@ -19,7 +19,7 @@ JOB = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-@pytest.mark.parametrize("command", [["bench"], ["doctor"], ["train", "--nonsense"]])
+@pytest.mark.parametrize("command", [["bench"], ["tune"], ["train", "--nonsense"]])
 def test_what_fails_in_all_is_said_once(
     command: list[str], rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
