@@ -216,7 +216,7 @@ def test_a_loop_resumes_with_the_next_batch(
 
 @pytest.mark.slow
 def test_several_processes() -> None:
-    Path("train.py").write_text(sections("several-gpus.md")["Several GPUs"])
+    Path("train.py").write_text("\n".join(sections("several-gpus.md").values()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
