@@ -113,7 +113,7 @@ class ModelConfig:
     """Keep weights and images in channels_last memory, which tensor cores and oneDNN prefer."""
 
     live_taps: bool = True
-    """Train resnet18 without the kernel weights that only ever meet padding at this image size: the same function,
+    """Train resnet18 without the kernel weights that only multiply zeros at this image size: the same function,
     faster."""
 
 

@@ -133,7 +133,7 @@ class _Planned(Baseline):
         for images, labels in batches_of(self._loader):
             yield self._moved(images, labels)
             if kept and turn != self._epochs_begun:  # the workers serve one epoch at a time
-                raise RuntimeError("a later epoch of this loader has begun; begin this one anew (set_epoch)")
+                raise RuntimeError("a later epoch of this loader has begun; start this one again with set_epoch")
 
     def close(self) -> None:
         super().close()

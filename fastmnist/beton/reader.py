@@ -129,7 +129,7 @@ class Beton:
         Reading a map beyond the end of its file kills the process (SIGBUS): callers check before they begin.
         """
         self.check_open()
-        advice = "open it again, or compile it anew (fastmnist compile)"
+        advice = "open it again, or compile it again (fastmnist compile)"
         try:
             there = os.stat(self._absolute)
         except OSError as error:

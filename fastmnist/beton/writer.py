@@ -223,6 +223,6 @@ def _checked_blocks(stream: ImageStream, rows: int, path: Path) -> Iterator[np.n
             return
         if block is None or block.dtype != np.uint8 or block.shape != expected:
             got = "nothing" if block is None else f"{block.shape} {block.dtype}"
-            raise DataError(f"{path}: after {done} images its source gave {got} where {expected} uint8 was due")
+            raise DataError(f"{path}: after {done} images its source gave {got} instead of {expected} uint8")
         done += len(block)
         yield block

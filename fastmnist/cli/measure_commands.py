@@ -24,7 +24,7 @@ from fastmnist.loader_settings import LOADER_SETTINGS
 
 def bench_parser() -> Parser:
     parser = new_parser("Benchmark the loaders on this machine: one table, one picture, in under 3 minutes.")
-    parser.add_argument("--quick", action="store_true", help="Only the most telling loaders, in half a minute.")
+    parser.add_argument("--quick", action="store_true", help="Only the most important loaders, in half a minute.")
     parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
     add_data_flags(parser, dataset=False)
     parser.add_argument("--batch-size", type=int, default=512, help="Images per batch.")

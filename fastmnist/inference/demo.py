@@ -108,7 +108,9 @@ def serving(run: Path, port: int = 0, *, any_name: bool = False) -> Iterator[str
     try:
         server = _Server((HOST, port), type("Handler", (_Handler,), attributes))
     except OSError as error:
-        raise FastmnistError(f"--port {port} cannot be had: {error.strerror}; leave it out for a free one") from error
+        raise FastmnistError(
+            f"--port {port} is not available: {error.strerror}; leave it out for a free one"
+        ) from error
     thread = threading.Thread(target=server.serve_forever, name="fastmnist-demo", daemon=True)
     thread.start()
     try:

@@ -113,7 +113,7 @@ def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise FastmnistError(f"{name} is not an image that can be read. Save it as PNG or JPEG.") from None
     except PermissionError:
-        raise FastmnistError(f"{name} may not be read. Change its permissions or copy it.") from None
+        raise FastmnistError(f"{name} cannot be read. Change its permissions or copy it.") from None
     except Exception as error:  # Pillow's decoders raise all kinds, and nothing else runs here
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FastmnistError(f"{name} is damaged or cut short ({reason}). Save or copy it again.") from error

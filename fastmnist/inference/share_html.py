@@ -94,7 +94,7 @@ def share_html(
 
 
 def _without_dead_taps(model: nn.Module, card: ModelCard) -> nn.Module:
-    """The same function, with zeros for the taps that only ever meet padding: they pack to nothing."""
+    """The same function, with zeros for the taps that only multiply zeros: they pack to nothing."""
     live, whole = card.build(), card.build()
     live.load_state_dict(model.state_dict())
     height, width, channels = card.image_shape

@@ -246,7 +246,7 @@ class EpochLoader(ABC):
             if state.get(key) != here:
                 raise DataError(
                     f"the loader's state was taken with {key} {state.get(key)}, this loader has {here}; "
-                    f"open {self.file.path} with the settings of then, or begin anew"
+                    f"open {self.file.path} with those settings, or start again"
                 )
         epoch, position, samples = state.get("epoch"), state.get("position"), len(self.indices)
         if not (type(epoch) is type(position) is int and epoch >= 0 and 0 <= position < samples):
@@ -385,7 +385,7 @@ def _checked_indices(indices: Sequence[int] | np.ndarray | None, samples: int) -
         return np.arange(samples)
     chosen = np.array(indices)
     if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
-        raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask say np.flatnonzero(mask)")
+        raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask use np.flatnonzero(mask)")
     chosen = chosen.astype(np.int64)
     if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= samples:
         raise ConfigError(

@@ -72,7 +72,9 @@ def choose_moments(file: Beton, moments: AnyMoments | None) -> Moments:
     try:
         mean, std = (tuple(np.atleast_1d(np.asarray(values, float)).tolist()) for values in moments)
     except (TypeError, ValueError):
-        raise ConfigError(f"moments {moments!r} are no file and no pair (mean, std) of numbers per channel") from None
+        raise ConfigError(
+            f"moments {moments!r} are neither a file nor a pair (mean, std) of numbers per channel"
+        ) from None
     if not len(mean) == len(std) == channels or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise ConfigError(
             f"moments {mean}, {std} do not fit {file.path}: it has {channels} channels, each needs a finite mean and "

@@ -45,7 +45,7 @@ class Epochs:
             what = type(self._loader).__name__
             if self.starts:
                 raise DataError(
-                    f"the {what} yields no batch the second time; give a loader that begins anew, no generator"
+                    f"the {what} yields no batch the second time; give a loader that can start again, not a generator"
                 )
             raise DataError(f"the {what} yields no batch; is it used up, or its dataset smaller than a batch?")
         self.starts.append(time.perf_counter() - begun)

@@ -54,10 +54,9 @@ class Tuning:
         """The outcome in one sentence."""
         chosen, simplest = self.search.chosen, self.search.reference
         measured = [candidate for candidate in self.search.candidates if candidate.values]
-        ties = sum(candidate.status in ("best", "tie") for candidate in measured)
         if chosen is simplest:
-            among = f", {ties} of them no different" if ties > 1 else ""
-            return f"The simplest settings are as fast as any of {len(measured)} measured{among}: {chosen.name}."
+            name = "defaults" if chosen.name == "defaults" else f"simplest settings ({chosen.name})"
+            return f"The {name} are as fast as anything tried ({len(measured)} settings)."
         gain = chosen.summary().median / simplest.summary().median
         return f"{chosen.name}: {gain:.2f} times as fast as {simplest.name}, the best of {len(measured)} measured."
 
@@ -210,7 +209,7 @@ def tune(
     _check_budget(budget)
     names: tuple[Any, ...] = tuple(LOADERS) if loader == "all" else (loader,)
     if loader != "all" and loader not in LOADERS:
-        raise ConfigError(f"--loader {loader}: none of all, {', '.join(LOADERS)}")
+        raise ConfigError(f"--loader {loader}; choose all, {', '.join(LOADERS)}")
     sizes = list(dict.fromkeys([config.batch_size, *batch_sizes]))
     with training_setup(config, reporter or Reporter(quiet=True), max(sizes)) as setup:
         candidates: list[Candidate] = []

@@ -141,7 +141,7 @@ def _read_stopped(run: RunFolder, given: dict[str, Any]) -> tuple[TrainConfig, d
             if before != now:
                 raise ConfigError(
                     f"{run.path} was trained with {flag(name)} {before}, {source} {now}; "
-                    "a resumed run keeps its settings: take the change back, or begin a new run"
+                    "a resumed run keeps its settings: take the change back, or start a new run"
                 )
     config = TrainConfig(**without_unused(saved))
     summary = run.read_summary()
@@ -246,7 +246,7 @@ class _Run:
         if chosen.scaled:  # the run had no scaler
             raise ConfigError(
                 f"{resumed[0].path} was begun with --amp bf16 or off; its checkpoint does not say which, and this "
-                "device would use fp16: resume it where it was begun, or begin a new run"
+                "device would use fp16: resume it where it was begun, or start a new run"
             )
         return chosen
 
@@ -255,7 +255,7 @@ class _Run:
             self._check_test_file(state)
             self.trainer.load_state_dict(state | {"amp": self.session.precision.name})
         except DataError as error:
-            raise DataError(f"{self.folder.path / CHECKPOINT}: {error}; begin the run anew, or restore it") from error
+            raise DataError(f"{self.folder.path / CHECKPOINT}: {error}; start a new run, or restore it") from error
         self.records = broadcast(self.folder.forget_after(self.trainer.step))  # all must find the same epochs ended
 
     def _compare_with_tuning(self) -> None:
@@ -360,7 +360,7 @@ class _Run:
         if before != now:
             raise DataError(
                 f"{self.files.test.path}: the run was begun with test file {before}, this is {now}; "
-                "restore the former data, or begin a new run"
+                "restore the original data, or start a new run"
             )
 
     def _has_record(self, epoch: int) -> bool:

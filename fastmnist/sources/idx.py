@@ -88,15 +88,15 @@ class IdxFile:
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX_TYPES:
             raise DataError(
                 f"{self.path}: starts with {magic.hex() or 'nothing'} where an IDX file has 0000, a type and a number "
-                "of dimensions; it is no IDX file: fetch it again"
+                "of dimensions; it is not an IDX file: fetch it again"
             )
         ndim = magic[3]
         sizes = file.read(4 * ndim)
         if not 1 <= ndim <= MAX_DIMENSIONS or len(sizes) < 4 * ndim:
-            raise DataError(f"{self.path}: its header announces {ndim} dimensions and is cut short or wrong")
+            raise DataError(f"{self.path}: its header gives {ndim} dimensions and is cut short or wrong")
         shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
         if not all(shape):
-            raise DataError(f"{self.path}: its header announces the empty shape {shape}; fetch it again")
+            raise DataError(f"{self.path}: its header gives the empty shape {shape}; fetch it again")
         return np.dtype(IDX_TYPES[magic[2]]), shape
 
 

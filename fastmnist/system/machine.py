@@ -36,7 +36,7 @@ def choose_device(asked: str | torch.device | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {str(asked)!r} cannot be used here: {reason}; leave it out or say cpu") from error
+        raise ConfigError(f"device {str(asked)!r} cannot be used here: {reason}; leave it out or use cpu") from error
     return device
 
 

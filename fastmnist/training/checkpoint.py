@@ -194,5 +194,5 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError("it holds something else")
     except Exception as error:  # the unpickler raises anything on a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: cannot be used ({reason}); restore it from a copy, or begin the run anew") from error
+        raise DataError(f"{path}: cannot be used ({reason}); restore it from a copy, or start a new run") from error
     return config, trainer

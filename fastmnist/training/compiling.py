@@ -46,7 +46,7 @@ def set_up_compile(trainer: Trainer, asked: str) -> tuple[str, str]:
     except Exception as error:
         if asked != "auto":
             raise FastmnistError(
-                f"--compile {mode} does not work here: {_first_line(error)}; say --compile off"
+                f"--compile {mode} does not work here: {_first_line(error)}; use --compile off"
             ) from error
         trainer.compute = trainer.forward
         return "off", f"{mode} was chosen but failed ({_first_line(error)})"

@@ -1,7 +1,7 @@
 """Live taps: convolutions over maps of a few pixels as one matrix product, without the taps that only meet padding.
 
 On images of 28x28 with the imagenet stem the last stage of a ResNet-18 sees maps of one pixel, where eight of the nine
-taps of a 3x3 kernel only ever meet padding, and the stage before it maps of 2x2, where each output meets four of nine.
+weights of a 3x3 kernel only multiply zeros, and the stage before it maps of 2x2, where each output meets four of nine.
 A tap that meets nothing but padding changes no output and has a gradient of zero: it needs neither arithmetic nor
 optimizer state. The function stays the same, and so do the names and shapes of the saved weights.
 """

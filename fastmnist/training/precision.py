@@ -41,7 +41,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     if asked == "off":
         return Precision(None, "asked for")
     if asked == "fp16" and device.type == "cpu":
-        raise ConfigError("--amp fp16 needs a GPU; on a CPU say bf16 or off")
+        raise ConfigError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
     if asked in ("bf16", "fp16"):
         return Precision(torch.bfloat16 if asked == "bf16" else torch.float16, "asked for")
     if device.type == "cpu" and (found := BFLOAT16_FLAGS & processor_flags()):
@@ -58,7 +58,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
 def keep_precision(begun: str, device: torch.device) -> Precision:
     """The precision of a resumed run, by name. Raises ConfigError when `device` does not have it."""
     if begun == "fp16" and device.type == "cpu":
-        raise ConfigError("the run was begun with --amp fp16, which needs a GPU; resume it on one, or begin a new run")
+        raise ConfigError("the run was begun with --amp fp16, which needs a GPU; resume it on one, or start a new run")
     return replace(choose_precision(begun, device), reason="as the run was begun")
 
 
@@ -71,7 +71,7 @@ def choose_compile(asked: str, device: torch.device) -> tuple[str, str]:
     if asked in ("default", "max-autotune") and world_size() > 1:
         raise ConfigError(f"--compile {asked} serves a single process; with several say off or auto")
     if asked == "graph" and device.type != "cuda":
-        raise ConfigError("--compile graph records a CUDA graph and needs a GPU; say default, off or auto")
+        raise ConfigError("--compile graph records a CUDA graph and needs a GPU; use default, off or auto")
     if asked != "auto":
         return asked, "asked for"
     if device.type != "cuda":

@@ -122,7 +122,7 @@ class RunFolder:
         if self.writes and not self._exists():
             raise FastmnistError(
                 f"{self.path}: this folder was deleted, moved or replaced during the run, which wrote nothing more to "
-                "it; begin a new run, or resume the folder where it is now"
+                "it; start a new run, or resume the folder where it is now"
             )
 
     def _exists(self) -> bool:
@@ -141,7 +141,7 @@ class RunFolder:
             DataError: the file is missing or damaged. ConfigError: a setting is unknown or has the wrong type.
         """
         path = self.path / CONFIG
-        with _reading(path, advice := "restore it, or begin the run anew"):
+        with _reading(path, advice := "restore it, or start a new run"):
             if path.stat().st_size > LONGEST_CONFIG:
                 raise ValueError(f"more than {LONGEST_CONFIG:,} bytes")
             values = yaml.safe_load(path.read_text())
@@ -215,10 +215,10 @@ def _record(line: bytes) -> dict[str, Any]:
         raise ValueError("no record of a step or an epoch")
     for name in ("step", "epoch"):
         if type(record.get(name)) is not int:
-            raise ValueError(f"{name} is no whole number")
+            raise ValueError(f"{name} is not a whole number")
     wrong = [name for name, value in record.items() if name != "kind" and type(value) not in (int, float, NoneType)]
     if wrong:
-        raise ValueError(f"{short(wrong[0])} is no number")
+        raise ValueError(f"{short(wrong[0])} is not a number")
     return record
 
 

@@ -255,7 +255,7 @@ class Session:
             parts = train_test_split(samples, test_size=config.val_size, stratify=file.labels, random_state=SPLIT_SEED)
         except ValueError as error:
             raise ConfigError(
-                f"--val-size {config.val_size}: {config.dataset} cannot be split so: {error}; "
+                f"--val-size {config.val_size}: {config.dataset} cannot be split this way: {error}; "
                 "give another number, or 0 for no validation"
             ) from error
         training, validation = (np.sort(part) for part in parts)
