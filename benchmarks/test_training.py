@@ -55,7 +55,7 @@ def test_step(name, model_name, data, device, measure_turns, benchmark):
     model = make_model(model_name, data, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, fused=True)
     normalise, together = Normaliser(*data.moments, device), AT_A_TIME[device.type]
-    settings = loader_arguments(TrainConfig(loader=name, augment=False))
+    settings = loader_arguments(TrainConfig(loader=name, augment=False), data.path)
 
     def step(batch) -> None:
         images, labels = batch
@@ -102,7 +102,7 @@ def test_epoch(name, data, device, measure):
     config = TrainConfig(
         loader=name, model="small-cnn", batch_size=BATCH_SIZE, epochs=ROUNDS + WARM_UP, learning_rate=1e-3, amp="off"
     )
-    settings, model = loader_arguments(config), make_model(config.model, data, device)
+    settings, model = loader_arguments(config, data.path), make_model(config.model, data, device)
     subset = np.arange(IMAGES)
     with LOADERS[name](data.path, BATCH_SIZE, device=device, indices=subset, drop_last=True, **settings) as loader:
         trainer = Trainer(model, loader, config, choose_precision(config.amp, device))

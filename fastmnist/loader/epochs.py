@@ -81,6 +81,8 @@ class EpochLoader(ABC):
             raise ConfigError(f"dtype {dtype} is none of {', '.join(str(d) for d in DTYPES)}")
         if augment is not None and dtype == torch.uint8:
             raise ConfigError("augment makes values between the stored ones: it needs a float dtype, not torch.uint8")
+        if moments is not None and dtype == torch.uint8:
+            raise ConfigError("moments normalise images of a float dtype; torch.uint8 hands out the stored values")
         check_choice("order", order, ("auto", *get_args(Kind)))
         check_choice("uneven", uneven, get_args(Uneven))
         self._owns_file = not isinstance(data, Beton)

@@ -91,8 +91,10 @@ class Source:
         else:
             if "dtype" in settings:
                 settings["dtype"] = getattr(torch, settings["dtype"])
+            if "dtype" in settings or contender.loader == "dataloader":  # of floats
+                settings["moments"] = data
             loader: EpochLoader = LOADERS[contender.loader](
-                data, batch_size, seed=seed, device=device, rank=0, world_size=1, moments=data, **settings
+                data, batch_size, seed=seed, device=device, rank=0, world_size=1, **settings
             )
             self._loader = loader
             self._make = lambda epoch: iter(loader)

@@ -275,7 +275,7 @@ def make_loader(setup: TrainingSetup, settings: Settings) -> Iterable[Any]:
         device=setup.device,
         rank=0,
         world_size=1,
-        **loader_arguments(config),
+        **loader_arguments(config, setup.files.train),
     )
 
 

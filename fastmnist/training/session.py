@@ -21,6 +21,7 @@ from fastmnist.errors import ConfigError, DataError
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.epochs import EpochLoader
 from fastmnist.loader.loader import Loader
+from fastmnist.loader.normalise import AnyMoments
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.prepare.prepare import prepare
 from fastmnist.system.environment import versions
@@ -182,8 +183,7 @@ class Session:
                 indices=training,
                 drop_last=True,
                 uneven="drop",
-                moments=files.train,
-                **loader_arguments(config),
+                **loader_arguments(config, files.train),
             ),
             validation=None if validation is None else evaluation(files.train, validation),
             test=evaluation(files.test, None),
@@ -266,14 +266,16 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
-def loader_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The arguments that a run passes to `LOADERS[config.loader]` alone.
+def loader_arguments(config: TrainConfig, train: AnyMoments) -> dict[str, Any]:
+    """The arguments that a run passes to `LOADERS[config.loader]` alone; `train` is the file of its training images.
 
-    They include `augment` for a loader that augments sample by sample; the Trainer augments for the others.
+    With `moments` and `augment` for a loader that applies them sample by sample; the Trainer does so for the others.
     """
     arguments = _own_settings(config, config.loader)
-    if config.loader == "dataloader" and config.augment:
-        arguments["augment"] = Augmentation(config.shift, config.rotation, config.scale)
+    if config.loader == "dataloader":
+        arguments["moments"] = train
+        if config.augment:
+            arguments["augment"] = Augmentation(config.shift, config.rotation, config.scale)
     return {"order": config.order} | arguments
 
 

@@ -139,7 +139,7 @@ def test_each_loader_takes_its_settings(make_trainer, samples, kind, own):
     default = TrainConfig(loader=kind, augment=False)
     with (
         LOADERS[kind](samples[0], device="cpu") as plain,
-        LOADERS[kind](samples[0], device="cpu", **loader_arguments(default)) as configured,
+        LOADERS[kind](samples[0], device="cpu", **loader_arguments(default, samples[0])) as configured,
     ):
         assert configured._settings() == plain._settings()
 

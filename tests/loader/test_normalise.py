@@ -82,6 +82,11 @@ def test_a_copy_keeps_them(splits):
             assert_same_batches(copy, expected)
 
 
+def test_stored_values_take_none(samples):
+    with pytest.raises(ConfigError, match="moments"):
+        Loader(samples[0], device="cpu", moments=samples[0])
+
+
 def test_one_channel_takes_plain_numbers(samples):
     with Loader(samples[0], **FLOAT, moments=(0.25, 0.5)) as loader:
         assert loader.moments == ((0.25,), (0.5,))
