@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import metadata, version
+from pathlib import Path
 
 import pytest
+import yaml
 
 import fastmnist
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numba", "numpy", "matplotlib", "sklearn")
 
 
@@ -30,6 +33,13 @@ def test_every_public_name_is_there() -> None:
 
 def test_version_is_the_installed_one() -> None:
     assert fastmnist.__version__ == version("fastmnist")
+
+
+def test_the_citation_is_of_this_version_and_repository() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == fastmnist.__version__
+    assert cited["repository-code"] == metadata("fastmnist")["Home-page"]
+    assert f'license="{cited["license"]}"' in (ROOT / "setup.py").read_text()
 
 
 def test_module_runs_like_the_command() -> None:
