@@ -23,7 +23,7 @@ TEST = [*PYTEST, *EXPORT, *NOTEBOOK, *TENSORBOARD]
 setup(
     name="fastmnist",
     version=VERSION[1],
-    description="MNIST compiled to a memory-mapped file, loaded at the memory's speed, trained in minutes",
+    description="MNIST compiled to a memory-mapped file, loaded as fast as memory allows, trained in seconds",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     url=f"https://github.com/{SLUG}",

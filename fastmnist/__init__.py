@@ -1,4 +1,4 @@
-"""fastmnist: MNIST compiled to a memory-mapped file, loaded at the memory's speed, trained in minutes."""
+"""fastmnist: MNIST compiled to a memory-mapped file, loaded as fast as memory allows, trained in seconds."""
 
 from importlib import import_module
 from typing import Any

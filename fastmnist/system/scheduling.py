@@ -150,15 +150,15 @@ class Host:
         if self.threads > self.cores:
             remedies.append(f"say torch.set_num_threads({self.cores}) instead of {self.threads}")
         if self.use.cores_got < ALL_CORES * self.cores:
-            remedies.append("stop what else runs on them, or ask for more")
+            remedies.append("stop the other programs on them, or get more cores")
         elif self.use.workers:
             remedies.append(
                 f"take fewer worker processes than {self.use.workers}, or a loader that computes less (fastmnist tune)"
             )
-        remedy = ", and ".join(remedies) or "use fewer threads, or ask for more cores"
+        remedy = ", and ".join(remedies) or "use fewer threads, or get more cores"
         return (
-            f"Threads wait for a core in about {100 * self.lost.median:.0f} % of each step, as they want "
-            f"{self.use.cores_wanted:.1f} cores and get {self.use.cores_got:.1f} of {self.cores}: {remedy}"
+            f"Threads wait for a core in about {100 * self.lost.median:.0f} % of each step: they want "
+            f"{self.use.cores_wanted:.1f} cores and get {self.use.cores_got:.1f} of {self.cores}; {remedy}"
         )
 
 
