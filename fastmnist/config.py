@@ -22,6 +22,7 @@ Compile = Literal["auto", "off", "graph", "default", "max-autotune"]
 MODELS = {
     "resnet18": "fastmnist.training.model:resnet18",
     "small-cnn": "fastmnist.training.model:small_cnn",
+    "patch-cnn": "fastmnist.training.model:patch_cnn",
 }
 """Each model's name and the function that makes it, as `training.model.build_model` calls it."""
 
@@ -127,14 +128,14 @@ class RecipeConfig:
     images_seen: int = 180_000
     """Training images in all if --epochs is not given; above one pass, rounded to whole passes."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """SGD with Nesterov momentum, AdamW, or Muon: SGD whose updates of weight matrices are orthogonalised."""
 
     learning_rate: Optional[float] = None
-    """Peak learning rate of the one-cycle schedule; by default 0.1 for sgd, 0.003 for adamw."""
+    """Peak learning rate of the one-cycle schedule; by default 0.1 for sgd and muon, 0.003 for adamw."""
 
     momentum: float = 0.9
-    """Nesterov momentum of sgd, or beta1 of adamw."""
+    """Nesterov momentum of sgd and muon, or beta1 of adamw."""
 
     weight_decay: float = 5e-4
     """Weight decay of every parameter."""

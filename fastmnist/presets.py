@@ -16,10 +16,11 @@ TARGETS: dict[str, float] = {}
 
 
 def _preset(target: float) -> Callable[[Callable[[], Settings]], Callable[[], Settings]]:
-    """Makes the function a preset of its name."""
+    """Makes the function a preset of its name, with hyphens."""
 
     def add(settings: Callable[[], Settings]) -> Callable[[], Settings]:
-        PRESETS[settings.__name__], TARGETS[settings.__name__] = settings, target
+        name = settings.__name__.replace("_", "-")
+        PRESETS[name], TARGETS[name] = settings, target
         return settings
 
     return add
@@ -70,6 +71,25 @@ def accurate() -> Settings:
     Its accuracy has not been measured. A step takes 1.36 ms on an H200, compiled: 4,687 of them some 6.4 s.
     """
     return {"images_seen": 1_200_000, "batch_size": 256, "learning_rate": 0.1, "stem": "stride2"}
+
+
+@_preset(target=0.99)
+def cpu_small() -> Settings:
+    """99 % on a CPU as fast as possible with a small network instead of ResNet-18.
+
+    Its accuracy on the test set has not been measured; on 5,000 images held out, another 5,000 for each seed, 99.1 %.
+    """
+    return {
+        "model": "patch-cnn",
+        "optimizer": "muon",
+        "epochs": 1.2,
+        "batch_size": 512,
+        "learning_rate": 0.15,
+        "momentum": 0.8,
+        "warmup": 0.4,
+        "label_smoothing": 0.05,
+        "shift": 1.5,
+    }
 
 
 SIGNIFICANCE = 0.01  # a target passes if the p-value of a one-sided t-test is below this

@@ -1,6 +1,6 @@
 """Augmentation: random shift, rotation and scale, drawn once for host and device and applied to whole batches.
 
-On the host `warp.gather_warped` applies them while it gathers and normalises; on a device `warp_on_device` does.
+On the host `warp.gather_warped` applies them while it gathers and normalises; on a GPU `warp_on_device` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastmnist.errors import ConfigError
 from fastmnist.loader.order import sample_uniforms
-from fastmnist.loader.warp import similarities
+from fastmnist.loader.warp import gather_warped, similarities
 
 DRAWS = 4
 
@@ -76,6 +76,26 @@ class Augmentation:
         matrices = np.empty((len(draws), 2, 3), np.float32)
         similarities(draws, self.strengths, *image_size, matrices)
         return matrices
+
+
+def warp_on_host(images: torch.Tensor, matrices: torch.Tensor, scale: np.ndarray, bias: np.ndarray) -> torch.Tensor:
+    """`warp_on_device` by the host's kernel, a tenth of its time; the values times `scale` plus `bias` (C,).
+
+    Args:
+        images: (B, C, H, W) uint8 on the CPU.
+        matrices: (B, 2, 3) float32, in pixels.
+
+    Returns:
+        (B, C, H, W) float32 in channels_last.
+    """
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    count, height, width, _ = pixels.shape
+    data, order = pixels.reshape(-1), np.arange(count)
+    data.flags.writeable = False  # as a file's map, so that one compiled kernel serves both
+    out = np.empty(pixels.shape, np.float32)
+    offsets = order * (data.size // count)
+    gather_warped(data, offsets, order, 0, matrices.numpy(), height, width, scale, bias, out.reshape(count, -1))
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
 def warp_on_device(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

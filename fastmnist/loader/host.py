@@ -14,7 +14,7 @@ from fastmnist.beton.reader import Beton
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.kernels import gather, gather_float32, gather_looked_up, mend_array_types
-from fastmnist.loader.normalise import Moments, normalisation_table
+from fastmnist.loader.normalise import Moments, normalisation_table, scale_and_bias
 from fastmnist.loader.warp import gather_warped
 from fastmnist.system.machine import cores_of_this_process
 
@@ -170,7 +170,7 @@ class HostGatherer:
         threads: int,
         moments: Moments | None = None,
     ) -> None:
-        self._labels, self._batch_size, self._dtype = file.labels, batch_size, dtype
+        self._labels, self._batch_size, self._dtype, self._augment = file.labels, batch_size, dtype, augment
         self._gathered_dtype = dtype if augment is None else torch.float32
         self._kernel: Callable[..., None]
         self._kernel, self._constants = _kernel(file.image_shape, dtype, augment, moments)
@@ -201,9 +201,8 @@ class HostGatherer:
             while True:
                 while len(coming) < self._ahead and (call := next(calls, None)) is not None:
                     memory, images = self._pool.take(len(call.rows))
-                    coming.append(
-                        (call, images, self.helpers.submit(_gather, self._kernel, call, self._constants, memory))
-                    )
+                    task = self.helpers.submit(_gather, self._kernel, self._augment, call, self._constants, memory)
+                    coming.append((call, images, task))
                 if not coming:
                     return
                 call, images, task = coming[0]
@@ -223,7 +222,7 @@ class HostGatherer:
 
     def gather_into(self, part: Part, images: np.ndarray, labels: np.ndarray) -> None:
         """Gathers one part into the caller's memory: images (n, values), labels (n,) int64."""
-        _gather(self._kernel, part, self._constants, images)
+        _gather(self._kernel, self._augment, part, self._constants, images)
         np.take(self._labels, part.rows, out=labels, mode="clip")  # "raise" would copy through a buffer
 
     def close(self) -> None:
@@ -231,9 +230,16 @@ class HostGatherer:
         self.helpers.end()
 
 
-def _gather(kernel: Callable[..., None], part: Part, constants: tuple[Any, ...], images: np.ndarray) -> None:
-    draws = (part.draws,) if kernel is gather_warped else ()
-    kernel(part.data, part.offsets, part.order, 0, *draws, *constants, images)
+def _gather(
+    kernel: Callable[..., None],
+    augment: Augmentation | None,
+    part: Part,
+    constants: tuple[Any, ...],
+    images: np.ndarray,
+) -> None:
+    if augment is not None and part.draws is not None:
+        constants = (augment.matrices(part.draws, constants[:2]), *constants)  # which begin with height and width
+    kernel(part.data, part.offsets, part.order, 0, *constants, images)
 
 
 def _kernel(
@@ -244,10 +250,7 @@ def _kernel(
         return gather, ()
     assert moments is not None
     if augment is not None:
-        mean, std = (np.array(values) for values in moments)
-        scale, bias = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-        height, width, _ = shape
-        return gather_warped, (augment.strengths, height, width, scale, bias)
+        return gather_warped, (*shape[:2], *scale_and_bias(*moments))
     if dtype == torch.float32:
         mean, std = (np.array(values, np.float32) for values in moments)
         return gather_float32, (mean, std)

@@ -36,6 +36,12 @@ class Normaliser:
         return ((images.to(torch.float32) / self.byte - self.mean) / self.std).to(dtype)
 
 
+def scale_and_bias(mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) float32 each: value times scale plus bias is a Normaliser's value, but for rounding."""
+    spread = np.array(std)
+    return (1 / (255 * spread)).astype(np.float32), (-np.array(mean) / spread).astype(np.float32)
+
+
 def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> np.ndarray:
     """(C, 256) int16, the bits of a Normaliser's value of each byte; dtype is float16 or bfloat16."""
     every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 1, 256).expand(1, len(mean), 1, 256)

@@ -125,13 +125,12 @@ def similarities(draws, strengths, height, width, matrices):  # type: ignore[no-
 
 
 @jit
-def gather_warped(data, offsets, order, start, draws, strengths, height, width, scale, bias, out):  # type: ignore[no-untyped-def]
-    """out[i] = image i resampled after the similarity of draws[start + i], times `scale` plus `bias` of its channel.
+def gather_warped(data, offsets, order, start, matrices, height, width, scale, bias, out):  # type: ignore[no-untyped-def]
+    """out[i] = image i resampled by matrices[start + i], times `scale` plus `bias` of its channel.
 
-    data, offsets, order, start: as for `kernels.gather`. draws (len(order), 4) float32, strengths (3,) float64: as for
-    `similarity`. scale, bias (C,) and out (n, H * W * C) float32.
+    data, offsets, order, start: as for `kernels.gather`. matrices (len(order), 2, 3), scale, bias (C,) and out
+    (n, H * W * C) float32.
     """
-    matrix = np.empty((2, 3), np.float32)
     channels, size, pixels = len(scale), out.shape[1], height * width
     ahead, lines, last = rows_ahead(size), lines_of(size), len(order) - 1
     x, y = pixel_grid(height, width)
@@ -143,8 +142,7 @@ def gather_warped(data, offsets, order, start, draws, strengths, height, width, 
         for line in range(lines):
             prefetch(data, coming + line * LINE)
         at = offsets[order[start + i]]
-        similarity(draws[start + i], strengths, height, width, matrix)
-        transform(matrix, x, y, in_x, in_y)
+        transform(matrices[start + i], x, y, in_x, in_y)
         locate(in_x, in_y, height, width, places)
         for channel in range(channels):
             interleave(data[at : at + size], height, width, channels, channel, padded, words)

@@ -105,7 +105,8 @@ class Speedrun:
         lowest, highest = min(self.accuracies), max(self.accuracies)
         claim, p = "", self.p_value
         if self.target is not None and p is not None and n >= CLAIM_SEEDS:
-            claim = f"; {verdict(p)}: more than {self.target:.1%}, p = {p:.2g}"
+            margin = round(100 * (statistics.fmean(self.accuracies) - self.target), 3) + 0.0  # no -0
+            claim = f"; {verdict(p)}: {margin:+.3f} points from {self.target:.1%}, p = {p:.2g} that it is no more"
         return (
             f"{statistics.fmean(self.accuracies):.2%} test accuracy ({lowest:.2%} to {highest:.2%}) after "
             f"{duration(statistics.fmean(self.seconds))} of training ({duration(min(self.seconds))} to "

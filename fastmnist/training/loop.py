@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError, DataError, FastmnistError
-from fastmnist.loader.augment import Augmentation, warp_on_device
+from fastmnist.loader.augment import Augmentation, warp_on_device, warp_on_host
 from fastmnist.loader.device import on_device
 from fastmnist.loader.epochs import EpochLoader, with_position
-from fastmnist.loader.normalise import Normaliser
+from fastmnist.loader.normalise import Normaliser, scale_and_bias
 from fastmnist.system.machine import synchronize
 from fastmnist.system.processes import average, gather, world_size
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
@@ -73,6 +73,7 @@ class Trainer:
         self.steps = max(1, round(len(loader) * config.epochs))
         self.chunk = _batches_together(loader)
         self.normalise = Normaliser(*loader.file.moments, self.device)
+        self._scale_and_bias = scale_and_bias(*loader.file.moments)
         augmented_here = config.augment and loader.dtype == torch.uint8
         self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if augmented_here else None
         self.optimizer = MixedPrecisionOptimizer(model, config, precision, self.device)
@@ -99,10 +100,11 @@ class Trainer:
         Images of a float type come augmented and normalised from their loader.
         """
         if images.dtype == torch.uint8:
-            images = images.to(torch.float32)
-            if transforms is not None:
-                images = warp_on_device(images, transforms)
-            images = self.normalise(images)
+            if transforms is not None and self.device.type == "cpu":
+                images = warp_on_host(images, transforms, *self._scale_and_bias)
+            else:
+                images = images.to(torch.float32)
+                images = self.normalise(images if transforms is None else warp_on_device(images, transforms))
         # One channel fits both layouts: a copy fixes the strides.
         return images.to(self.precision.amp or torch.float32).clone(memory_format=self.layout)
 

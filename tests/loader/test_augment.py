@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
 from fastmnist.errors import ConfigError
-from fastmnist.loader.augment import Augmentation, warp_on_device
+from fastmnist.loader.augment import Augmentation, warp_on_device, warp_on_host
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.loader.warp import gather_warped
@@ -34,8 +34,8 @@ def on_host(images: np.ndarray, augmentation: Augmentation, draws: np.ndarray) -
     out = np.empty((count, height * width * channels), np.float32)
     offsets = np.arange(count) * out.shape[1]
     one, nought = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-    strengths = augmentation.strengths
-    gather_warped(data, offsets, np.arange(count), 0, draws, strengths, height, width, one, nought, out)
+    matrices = augmentation.matrices(draws, (height, width))
+    gather_warped(data, offsets, np.arange(count), 0, matrices, height, width, one, nought, out)
     return out.reshape(images.shape)
 
 
@@ -43,6 +43,13 @@ def on_device(images: np.ndarray, augmentation: Augmentation, draws: np.ndarray)
     matrices = augmentation.matrices(draws, images.shape[1:3])
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32)
     return warp_on_device(tensor, torch.from_numpy(matrices)).permute(0, 2, 3, 1).numpy()
+
+
+def of_a_batch(images: np.ndarray, augmentation: Augmentation, draws: np.ndarray) -> np.ndarray:
+    """As a trainer on a CPU warps the batches that any loader gives it."""
+    matrices = torch.from_numpy(augmentation.matrices(draws, images.shape[1:3]))
+    one, nought = np.ones(images.shape[3], np.float32), np.zeros(images.shape[3], np.float32)
+    return warp_on_host(torch.from_numpy(images).permute(0, 3, 1, 2), matrices, one, nought).permute(0, 2, 3, 1).numpy()
 
 
 def with_scipy(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
@@ -55,7 +62,7 @@ def with_scipy(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("warp", [on_host, on_device])
+@pytest.mark.parametrize("warp", [on_host, of_a_batch, on_device])
 @given(seed=st.integers(0, 10_000), size=SIZES, channels=st.sampled_from([1, 3]))
 def test_a_warp_agrees_with_scipys(warp, seed, size, channels):
     images = np.random.default_rng(seed).integers(0, 256, (3, *size, channels), np.uint8)
@@ -66,14 +73,14 @@ def test_a_warp_agrees_with_scipys(warp, seed, size, channels):
     assert wrong.mean() <= 0.001
 
 
-@pytest.mark.parametrize("warp", [on_host, on_device])
+@pytest.mark.parametrize("warp", [on_host, of_a_batch, on_device])
 def test_without_strength_nothing_changes(warp):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
     still = Augmentation()
     np.testing.assert_allclose(warp(images, still, still.draw(5, 0, 0)), images, atol=1e-3)
 
 
-@pytest.mark.parametrize("warp", [on_host, on_device])
+@pytest.mark.parametrize("warp", [on_host, of_a_batch, on_device])
 @pytest.mark.parametrize("right", [-9, -2, 0, 3, 8, 200])
 def test_a_shift_by_whole_pixels_moves_and_fills_with_background(warp, right):
     images = np.random.default_rng(1).integers(1, 256, (1, 8, 8, 1), np.uint8)

@@ -103,6 +103,7 @@ def test_what_is_claimed_of_a_target(found: Speedrun, accuracies: list[float], c
         expected = scipy.stats.t.sf((np.mean(accuracies) - 0.99) / (deviation / n**0.5), n - 1)
         assert aimed.p_value == pytest.approx(expected)
     assert [word for word in ("PASS", "MISS") if word in aimed.verdict()] == [claim] * bool(claim)
+    assert (f"{round(100 * (np.mean(accuracies) - 0.99), 3) + 0.0:+.3f} points" in aimed.verdict()) == bool(claim)
     assert found.p_value is None
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional
 
 from fastmnist.config import MODELS
 from fastmnist.errors import ConfigError
-from fastmnist.training.model import build_model, count_parameters, resnet18
+from fastmnist.training.model import PatchConv2d, build_model, count_parameters, resnet18
 
 STEMS = ("imagenet", "stride2", "cifar")
 
@@ -53,7 +54,9 @@ def test_stems_see_what_they_are_named_for() -> None:
     assert seen == {"imagenet": (7, 7), "stride2": (14, 14), "cifar": (28, 28)}
 
 
-@pytest.mark.parametrize("name", ["small-cnn", "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", ["small-cnn", "patch-cnn", "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5"]
+)
 def test_other_models_take_grey_images(name: str) -> None:
     model = build_model(name, num_classes=10, image_size=(28, 28)).train()
     logits = model(torch.randn(4, 1, 28, 28))
@@ -92,6 +95,25 @@ def test_anybodys_model_by_its_function(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match=r"wrong .*10 logits"):
         build_model(f"{name}:wrong")
     assert sys.path == before
+
+
+@pytest.mark.parametrize("size", [(16, 16), (28, 28), (33, 20)])
+def test_patch_cnn_takes_any_size_from_16(size: tuple[int, int]) -> None:
+    logits = build_model("patch-cnn", num_classes=7, in_channels=3, image_size=size)(torch.randn(4, 3, *size))
+    assert logits.shape == (4, 7)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(2, 3), (1, 1), (5, 7)])
+def test_a_convolution_over_patches_is_torchs(size: tuple[int, int], layout: torch.memory_format) -> None:
+    torch.manual_seed(2)
+    ours = PatchConv2d(3, 4, size).to(memory_format=layout)  # type: ignore[call-overload]
+    images = torch.randn(5, 3, 11, 13).contiguous(memory_format=layout).requires_grad_()
+    found, expected = ours(images), functional.conv2d(images, ours.weight, ours.bias, stride=size)
+    torch.testing.assert_close(found, expected)
+    wanted, seen = torch.randn_like(expected), (images, *ours.parameters())
+    for one, other in zip(*(torch.autograd.grad(out, seen, wanted) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_trying_a_model_leaves_its_statistics_fresh() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastmnist.config import TrainConfig
+from fastmnist.errors import ConfigError
 from fastmnist.training.model import build_model
-from fastmnist.training.optimizer import DIV_FACTOR, MixedPrecisionOptimizer, one_cycle
+from fastmnist.training.optimizer import DIV_FACTOR, NEWTON_SCHULZ, MixedPrecisionOptimizer, Muon, one_cycle
 from fastmnist.training.precision import Precision
 
 
@@ -59,3 +60,50 @@ def test_momenta_of_zeros_are_those_of_a_new_optimizer(settings: dict) -> None:
         results.append([parameter.detach().clone() for parameter in parameters])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(results[0], begun, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8), (4, 5, 2, 3), (3, 4, 5)])
+def test_muon_on_matrices_is_torchs_and_sgd_on_the_rest(shape: tuple[int, ...]) -> None:
+    """Of convolutions (out, in, height, width) and live taps (taps, out, in) too."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in (shape, (6,), (2, 6))]
+    matrix = torch.nn.Parameter(as_matrix(weights[0].detach()).clone())
+    rest = [torch.nn.Parameter(weight.detach().clone()) for weight in weights[1:]]
+    ours = Muon(weights, torch.tensor(0.1), momentum=0.8, weight_decay=0.3)
+    theirs = torch.optim.Muon([matrix], lr=0.1, momentum=0.8, weight_decay=0.3, ns_steps=NEWTON_SCHULZ)
+    sgd = torch.optim.SGD(rest, lr=0.1, momentum=0.8, nesterov=True)
+    for _ in range(3):
+        for weight, twin in zip(weights, [None, *rest], strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            if twin is not None:
+                twin.grad = weight.grad.clone()
+                with torch.no_grad():
+                    twin.mul_(1 - 0.1 * 0.3)
+        matrix.grad = as_matrix(weights[0].grad).clone()
+        for optimizer in (ours, theirs, sgd):
+            optimizer.step()
+    torch.testing.assert_close(as_matrix(weights[0].detach()), matrix.detach(), atol=0.02, rtol=0)  # bfloat16
+    for weight, twin in zip(weights[1:], rest, strict=True):
+        torch.testing.assert_close(weight.detach(), twin.detach())
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    return (weight.transpose(0, 1) if weight.ndim == 3 else weight).flatten(1)
+
+
+def test_muon_leaves_the_weights_alone_without_a_gradient() -> None:
+    weights = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = Muon(weights, torch.tensor(0.1), momentum=0.9, weight_decay=0.0)
+    optimizer.step()
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert all(torch.equal(weight, torch.ones(3, 4)) for weight in weights)
+
+
+def test_muon_refuses_a_gradient_scaler() -> None:
+    config, precision = TrainConfig(optimizer="muon"), Precision(torch.float16, "a test")
+    with pytest.raises(ConfigError, match="--optimizer muon"):
+        MixedPrecisionOptimizer(build_model("patch-cnn"), config, precision, torch.device("cpu"))

@@ -18,7 +18,7 @@ from fastmnist.training.precision import Precision
 from fastmnist.training.session import Session
 
 # Operators of a step as a GPU runs it without torch.compile, each about one kernel.
-BUDGETS = {"fast99": 237, "fast995": 237, "cpu": 237, "accurate": 225}
+BUDGETS = {"fast99": 237, "fast995": 237, "cpu": 237, "accurate": 225, "cpu-small": 150}
 FREE = {
     "view",
     "_unsafe_view",
