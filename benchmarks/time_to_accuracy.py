@@ -3,8 +3,8 @@
     python benchmarks/time_to_accuracy.py --data-dir FOLDER --output benchmarks/results/time_to_accuracy.json
 
 All sides train on all 60,000 images in one process; benchmarks/recipes.py describes them. The training clock stands
-still during evaluation. The notebook recipe is evaluated after each epoch, to stop at 99 %; the others once, at their end.
-`p_value`: one-sided t-test of the mean accuracy against 99 %.
+still during evaluation. The notebook recipe is evaluated after each epoch, to stop at 99 %; the others once, at their
+end. `p_value`: one-sided t-test of the mean accuracy against 99 %.
 """
 
 from __future__ import annotations
