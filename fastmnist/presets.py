@@ -77,7 +77,9 @@ def accurate() -> Settings:
 def cpu_small() -> Settings:
     """99 % on a CPU as fast as possible with a small network instead of ResNet-18.
 
-    Its accuracy on the test set has not been measured; on 5,000 images held out, another 5,000 for each seed, 99.1 %.
+    99.20 % ± 0.07 test accuracy (99.03 to 99.30, n=20, p = 3.3e-11 against 99.0) after 2.8 s of training
+    (71,680 images) on 2 cores of an AMD EPYC beside other work, 3.0 s by MLPerf's clock. 2026-11-28,
+    fastmnist speedrun --preset cpu-small --seeds 20
     """
     return {
         "model": "patch-cnn",
