@@ -107,10 +107,11 @@ class Speedrun:
         if self.target is not None and p is not None and n >= CLAIM_SEEDS:
             margin = round(100 * (statistics.fmean(self.accuracies) - self.target), 3) + 0.0  # no -0
             claim = f"; {verdict(p)}: {margin:+.3f} points from {self.target:.1%}, p = {p:.2g} that it is no more"
+        mlperf = statistics.fmean(run["mlperf_seconds"] for run in self.runs)
         return (
             f"{statistics.fmean(self.accuracies):.2%} test accuracy ({lowest:.2%} to {highest:.2%}) after "
             f"{duration(statistics.fmean(self.seconds))} of training ({duration(min(self.seconds))} to "
-            f"{duration(max(self.seconds))}), mean of {seeds}{claim}"
+            f"{duration(max(self.seconds))}; {duration(mlperf)} by MLPerf's clock), mean of {seeds}{claim}"
         )
 
 
