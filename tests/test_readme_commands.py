@@ -24,13 +24,13 @@ SHORTER = {
     "bench": ["--quick", "--only", "fastmnist.Loader"],
     "doctor": ["--seconds", "1"],
     "ladder": ["--quick", "--images", "256"],
-    "speedrun --preset fast99": ["--seeds", "1", "--images-seen", "2000", "--compile", "off"],
-    "speedrun": ["--seeds", "1", "--images-seen", "2000"],
+    "speedrun --preset fast99": ["--seeds", "1", "--images-seen", "600", "--compile", "off"],
+    "speedrun": ["--seeds", "1", "--images-seen", "600"],
     "tune": ["--budget", "2"],
     "train --dataset": ["--images-seen", "200"],
     "train --preset": [],
     "train --resume": [],
-    "train": ["--images-seen", "2000"],
+    "train": ["--images-seen", "600"],
 }
 PROGRAM = [sys.executable, "-m", "fastmnist"]
 

@@ -97,7 +97,10 @@ def process_group(device: str = "auto", minutes: float = TIMEOUT) -> Iterator[No
         torch.set_num_threads(max(1, physical_cores() // size))
     store = None
     try:
-        store, own, world = next(distributed.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        shared, own, world = next(distributed.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        # torchrun may keep the store from start to start, with the addresses of processes that are gone.
+        start = f"fastmnist {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {world}"
+        store = distributed.PrefixStore(start, shared)
         distributed.init_process_group(
             backend, store=store, rank=own, world_size=world, timeout=timedelta(minutes=minutes)
         )

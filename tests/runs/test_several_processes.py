@@ -60,21 +60,10 @@ def processes_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_a_killed_process_is_started_again_and_the_run_continues(tmp_path: Path) -> None:
     """With a real torchrun; benchmarks/kills.py compares the weights, after kills at random moments."""
     run = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    train = [
-        "-m",
-        "fastmnist",
-        "train",
-        "--dataset",
-        "digits",
-        "--model",
-        "small-cnn",
-        "--epochs",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    command = [*torchrun, *train, "--device", "cpu", "--cache-dir", str(tmp_path), "--timeout", "1", "--out", str(run)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["train", "--dataset", "digits", "--model", "small-cnn", "--epochs", "1", "--device", "cpu"]
+    where = ["--cache-dir", str(tmp_path), "--out", str(run)]
+    command = [*torchrun, "--max-restarts", "1", "-m", "fastmnist", *train, *where]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as job:
         until = time.monotonic() + 120
         while not (run / "config.yaml").exists() and time.monotonic() < until:
@@ -86,6 +75,5 @@ def test_a_killed_process_is_started_again_and_the_run_continues(tmp_path: Path)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["world_size"], summary["backend"], summary["interrupted"]) == (2, "gloo", False)
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
-    evaluate = ["-m", "fastmnist", "evaluate", str(run), "--device", "cpu", "--json", str(tmp_path / "evaluation.json")]
-    subprocess.run([*torchrun, *evaluate], check=True, timeout=300, capture_output=True)
+    assert main(["evaluate", str(run), "--device", "cpu", "--json", str(tmp_path / "evaluation.json")]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["test_accuracy"] == summary["test_accuracy"]

@@ -16,6 +16,8 @@ from torch import nn
 
 from tests.training import two_processes
 
+pytestmark = pytest.mark.xdist_group("parallel")  # its runs are made once
+
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory, write_small_beton: Any) -> Path:
@@ -34,7 +36,7 @@ def both(beton: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What each of two processes found."""
     output = tmp_path_factory.mktemp("found")
     root = Path(__file__).parents[2]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
         [*torchrun, "--nproc-per-node", "2", "-m", "tests.training.two_processes", str(beton), str(cache), str(output)],
         check=True,
