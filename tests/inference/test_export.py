@@ -27,8 +27,6 @@ from fastmnist.inference.predict import evaluate
 from fastmnist.prepare.prepare import beton_path, cache_folder
 from fastmnist.runs.train import train
 
-pytestmark = pytest.mark.xdist_group("export")  # its runs are made once
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:

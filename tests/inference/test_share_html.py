@@ -28,7 +28,6 @@ from fastmnist.inference.picture import mnist_like
 from fastmnist.inference.share_html import share_html
 from fastmnist.runs.train import train
 
-pytestmark = pytest.mark.xdist_group("share_html")  # its runs are made once
 
 CANVAS = 280
 

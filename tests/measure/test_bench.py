@@ -21,10 +21,10 @@ from fastmnist.report.tables import HEADINGS, cells, footnotes, markdown
 COUNT, BATCH = 640, 64
 SHORT = Plan(seconds=300.0, least_turns=2, first_batches=1)  # more than a busy machine takes: the turns are few
 CRASHES = "import sys; sys.stdin.readline(); print('{\"seconds\": 1}', flush=True); sys.stdin.readline(); sys.exit(3)"
+
 HANGS = """
 import sys, time
 
-pytestmark = pytest.mark.xdist_group("bench")  # its runs are made once
 opened = '{"first_batch": 1, "compiled": 0, "peak_memory": 1, "shape": [1], "dtype": "uint8"}'
 for answer in ('{"seconds": 1}', opened):
     sys.stdin.readline()

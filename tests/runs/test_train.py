@@ -27,7 +27,6 @@ from fastmnist.training import compiling
 from fastmnist.training.loop import Trainer
 from fastmnist.training.session import Session
 
-pytestmark = pytest.mark.xdist_group("train")  # its runs are made once
 
 SUMMARY_KEYS = [
     "test_accuracy",

@@ -16,8 +16,6 @@ from torch import nn
 
 from tests.training import two_processes
 
-pytestmark = pytest.mark.xdist_group("parallel")  # its runs are made once
-
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory, write_small_beton: Any) -> Path:
