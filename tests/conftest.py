@@ -20,6 +20,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,20 +235,20 @@ def write_small_beton(random_samples: Callable[..., Samples]) -> Callable[..., S
 @pytest.fixture
 def press_ctrl_c_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """(n) -> None: Ctrl-C during the n-th training step from now on, once."""
+    return partial(arm_ctrl_c, monkeypatch)
 
-    def arm(number: int) -> None:
-        from fastmnist.training.loop import Trainer
 
-        inner, count = Trainer.train_step, itertools.count(1)
+def arm_ctrl_c(patch: pytest.MonkeyPatch, number: int) -> None:
+    from fastmnist.training.loop import Trainer
 
-        def train_step(self: Any, *arguments: Any) -> None:
-            inner(self, *arguments)
-            if next(count) == number:
-                signal.raise_signal(signal.SIGINT)
+    inner, count = Trainer.train_step, itertools.count(1)
 
-        monkeypatch.setattr(Trainer, "train_step", train_step)
+    def train_step(self: Any, *arguments: Any) -> None:
+        inner(self, *arguments)
+        if next(count) == number:
+            signal.raise_signal(signal.SIGINT)
 
-    return arm
+    patch.setattr(Trainer, "train_step", train_step)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,6 @@ from fastmnist.prepare.prepare import beton_path, cache_folder
 from fastmnist.runs.train import train
 from fastmnist.training.checkpoint import ModelCard, save_weights
 
-
 DIGITS = {"dataset": "digits", "model": "small-cnn", "batch_size": 64, "quiet": True}
 
 

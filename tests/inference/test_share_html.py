@@ -28,7 +28,6 @@ from fastmnist.inference.picture import mnist_like
 from fastmnist.inference.share_html import share_html
 from fastmnist.runs.train import train
 
-
 CANVAS = 280
 
 

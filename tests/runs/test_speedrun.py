@@ -21,7 +21,6 @@ from fastmnist.runs.speedrun import Speedrun, speedrun, spread
 from fastmnist.runs.train import train
 from fastmnist.training import session
 
-
 SMALL = {"dataset": "digits", "model": "small-cnn", "epochs": 2.5, "batch_size": 64, "val_size": 0, "quiet": True}
 
 

@@ -1,7 +1,9 @@
 """Whole runs on the embedded digits: their folders, interruptions and resumption."""
 
+import io
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,7 +29,7 @@ from fastmnist.system.progress import Reporter
 from fastmnist.training import compiling
 from fastmnist.training.loop import Trainer
 from fastmnist.training.session import Session
-
+from tests.conftest import arm_ctrl_c
 
 SUMMARY_KEYS = [
     "test_accuracy",
@@ -84,8 +87,37 @@ def same_weights(a: Path | str, b: Path | str) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_leaves_what_the_design_names(settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    result = train(TrainConfig(**settings | {"epochs": 6, "batch_size": 32}))
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, list[str]]:
+    """A run long enough to learn, and the lines that it printed."""
+    settings = settings_of(tmp_path_factory.mktemp("learned")) | {"epochs": 6, "batch_size": 32}
+    console = Console(file=io.StringIO(), width=1000)
+    result = train(TrainConfig(**settings), reporter=Reporter(quiet=True, console=console))
+    return result, console.file.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The run of `settings`, uninterrupted: 40 steps, 20 an epoch."""
+    return train(TrainConfig(**settings_of(tmp_path_factory.mktemp("whole"))))
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], TrainResult]:
+    """(name, seed) -> a short run of a ResNet-18, made once for each name."""
+    folder, made = tmp_path_factory.mktemp("resnet"), {}
+
+    def run(name: str, seed: int) -> TrainResult:
+        if name not in made:
+            some = settings_of(folder / name) | {"model": "resnet18", "epochs": 1, "batch_size": 128, "val_size": 900}
+            made[name] = train(TrainConfig(**some | {"seed": seed}))
+        return made[name]
+
+    return run
+
+
+def test_a_run_leaves_what_the_design_names(learned: tuple[TrainResult, list[str]]) -> None:
+    result, printed = learned
     folder = result.folder
     assert sorted(path.name for path in folder.iterdir()) == FILES
     summary = json.loads((folder / "summary.json").read_text())
@@ -99,34 +131,28 @@ def test_a_run_leaves_what_the_design_names(settings: dict, capsys: pytest.Captu
     assert [r["epoch"] for r in records if r["kind"] == "epoch"] == list(range(6))
     assert records[-1]["val_accuracy"] == summary["val_accuracy"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["trainer"]["step"] == summary["steps"] == 240
-    printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2  # quiet: the result alone
     assert f"{summary['test_accuracy']:.2%}" in printed[0]
 
 
-def test_config_yaml_runs_again_to_the_same_bits(settings: dict, tmp_path: Path) -> None:
-    first = train(TrainConfig(**settings))
+def test_config_yaml_runs_again_to_the_same_bits(whole: TrainResult, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    assert main(["train", "--config", str(first.folder / "config.yaml"), "--out", str(again)]) == 0
-    assert same_weights(first.folder, again)
+    assert main(["train", "--config", str(whole.folder / "config.yaml"), "--out", str(again)]) == 0
+    assert same_weights(whole.folder, again)
     accuracies = [
-        json.loads((folder / "summary.json").read_text())["test_accuracy"] for folder in (first.folder, again)
+        json.loads((folder / "summary.json").read_text())["test_accuracy"] for folder in (whole.folder, again)
     ]
     assert accuracies[0] == accuracies[1]
 
 
-def test_resnet_on_a_cpu_repeats_bit_for_bit(settings: dict, tmp_path: Path) -> None:
-    some = settings | {"model": "resnet18", "epochs": 1, "batch_size": 128, "val_size": 900}
-    a, b, c = (
-        train(TrainConfig(**some | {"out": str(tmp_path / name), "seed": seed})).folder
-        for name, seed in (("a", 3), ("b", 3), ("c", 4))
-    )
+def test_resnet_on_a_cpu_repeats_bit_for_bit(resnet: Callable[[str, int], TrainResult]) -> None:
+    a, b, c = (resnet(name, seed).folder for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert same_weights(a, b)
     assert not same_weights(a, c)
 
 
-def test_saved_weights_are_those_of_torchvision_s_resnet(settings: dict) -> None:
-    result = train(TrainConfig(**settings | {"model": "resnet18", "epochs": 1, "batch_size": 128, "val_size": 900}))
+def test_saved_weights_are_those_of_torchvision_s_resnet(resnet: Callable[[str, int], TrainResult]) -> None:
+    result = resnet("a", 3)
     model = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
     model.load_state_dict(weights(result.folder))
@@ -140,12 +166,6 @@ def test_saved_weights_are_those_of_torchvision_s_resnet(settings: dict) -> None
     evaluation, names = evaluate(result.folder)
     assert evaluation.accuracy == pytest.approx(result.summary["test_accuracy"])
     assert names == list("0123456789")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """The run of `settings`, uninterrupted: 40 steps, 20 an epoch."""
-    return train(TrainConfig(**settings_of(tmp_path_factory.mktemp("whole"))))
 
 
 # In the first epoch, at a log line, at the end of an epoch, in the last step.
@@ -204,11 +224,17 @@ def test_a_second_ctrl_c_breaks_off(settings: dict, monkeypatch: pytest.MonkeyPa
     assert not Path(settings["out"]).exists()
 
 
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        arm_ctrl_c(patch, 8)
+        return train(TrainConfig(**settings_of(tmp_path_factory.mktemp("stopped")))).folder
+
+
 @pytest.fixture
-def stopped(settings: dict, press_ctrl_c_at: Callable[[int], None]) -> Path:
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
     """The folder of a run that was stopped after eight steps."""
-    press_ctrl_c_at(8)
-    return train(TrainConfig(**settings)).folder
+    return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
 
 
 def test_resume_refuses_a_changed_setting(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,11 +291,9 @@ def test_a_run_of_an_older_version_goes_on_without_the_setting_that_went(stopped
     assert main(["train", "--resume", str(stopped)]) == 0
 
 
-def test_resume_refuses_a_complete_run(settings: dict, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = train(TrainConfig(**settings | {"epochs": 1})).folder
-    capsys.readouterr()
-    assert main(["train", "--resume", str(folder)]) == 2
-    assert str(folder) in capsys.readouterr().err
+def test_resume_refuses_a_complete_run(whole: TrainResult, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(whole.folder)]) == 2
+    assert str(whole.folder) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [0, 10, 1000, -1])
@@ -370,10 +394,12 @@ def test_a_compiler_that_fails_is_reported(settings: dict, monkeypatch: pytest.M
     assert (summary["compile"], "no compiler found" in summary["compile_reason"]) == ("off", True)
 
 
-def test_pictures_of_digits_are_recognised(settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_of_digits_are_recognised(
+    learned: tuple[TrainResult, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
-    result = train(TrainConfig(**settings | {"epochs": 8, "batch_size": 32}))
+    result, _ = learned
     compile_dataset("digits")
     test = Beton(beton_path("digits", "test", cache_folder()))
     paths = []
@@ -399,9 +425,9 @@ def test_pictures_of_digits_are_recognised(settings: dict, tmp_path: Path, capsy
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_in_a_browser(settings: dict, browser, scheme: str) -> None:
+def test_the_report_in_a_browser(whole: TrainResult, browser, scheme: str) -> None:
     """Every picture is drawn, nothing is asked of the network, and the console stays empty; on a phone's width too."""
-    report = train(TrainConfig(**settings)).folder / "report.html"
+    report = whole.folder / "report.html"
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     for width in (1200, 390):
