@@ -301,10 +301,19 @@ def test_a_file_that_is_cut_within_an_epoch_is_an_error(paged: Path, tmp_path: P
     path.write_bytes(paged.read_bytes())
     monkeypatch.setattr(order_module, "WINDOW_PAGES", 2)
     monkeypatch.setattr(loader_module, "PART_SAMPLES", 64)
+    real, calls, cut = paging._read, itertools.count(), threading.Event()
+
+    def read(*arguments: object) -> None:
+        """Reads the first window at once, and later ones when the file is cut: a quick thread would be done by then."""
+        assert not next(calls) or cut.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(paging, "_read", read)
     with Loader(path, 64, device="cpu", order="quasi_random") as loader:
         batches = iter(loader)
         next(batches)
         os.truncate(path, 3000)
+        cut.set()
         with pytest.raises(DataError, match=r"cut\.beton: ends at byte [0-9,]+ of 58,816"):
             list(batches)
         path.write_bytes(paged.read_bytes())
