@@ -140,17 +140,17 @@ def test_your_loop(capsys: pytest.CaptureFixture[str]) -> None:
         each.close()
 
 
-class Stopped(Exception):  # noqa: N818  # no error of the code
+class StoppedError(Exception):
     pass
 
 
 def run_loop(heading: str, stop: int | None = None) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """The names that the section's code leaves, and the labels of each batch; batch number `stop` raises Stopped."""
+    """The names that the section's code leaves, and the labels of each batch; batch `stop` raises StoppedError."""
     seen: list[torch.Tensor] = []
 
     def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if len(seen) == stop:
-            raise Stopped
+            raise StoppedError
         seen.append(labels.clone())
         return functional.cross_entropy(logits, labels)
 
@@ -162,7 +162,7 @@ def run_loop(heading: str, stop: int | None = None) -> tuple[dict[str, Any], lis
     torch.manual_seed(0)
     try:
         exec(LOOPS[heading], names)
-    except Stopped:
+    except StoppedError:
         assert stop is not None
     for name in ("loader", "test_loader"):
         names[name].close()

@@ -129,7 +129,7 @@ def test_an_upload_on_colab_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     picture = io.BytesIO()
     Image.fromarray(np.eye(60, dtype=np.uint8) * 255).save(picture, "PNG")
     button = ModuleType("google.colab")
-    button.files = SimpleNamespace(upload=lambda: {"mine.png": picture.getvalue()})  # type: ignore[attr-defined]
+    button.files = SimpleNamespace(upload=lambda: {"mine.png": picture.getvalue()})
     monkeypatch.setitem(sys.modules, "google.colab", button)
     monkeypatch.chdir(tmp_path)
     read: list[str] = []

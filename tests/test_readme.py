@@ -119,12 +119,12 @@ def test_readme_s_loader_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     found: dict[str, object] = {}
     exec(code[0], found)
-    assert tuple(found["images"].shape) == (157, 1, 28, 28)  # type: ignore[attr-defined]  # 1,437 = 5 x 256 + 157
-    assert abs(float(found["images"].mean())) < 0.2  # type: ignore[attr-defined]  # normalised
-    weights = found["model"].state_dict().values()  # type: ignore[attr-defined]
+    assert tuple(found["images"].shape) == (157, 1, 28, 28)  # 1,437 = 5 x 256 + 157
+    assert abs(float(found["images"].mean())) < 0.2  # normalised
+    weights = found["model"].state_dict().values()
     assert all(weight.isfinite().all() for weight in weights)
-    assert found["loss"].item() < 2.3  # type: ignore[attr-defined]  # of guessing
-    found["loader"].close()  # type: ignore[attr-defined]
+    assert found["loss"].item() < 2.3  # of guessing
+    found["loader"].close()
 
 
 def test_every_page_that_is_named_is_there() -> None:

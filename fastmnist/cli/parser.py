@@ -49,7 +49,7 @@ COMMON_NAMES = {
     "train_batch_size": "--batch-size",
     "wd": "--weight-decay",
 }
-"""What other programs call our flags."""
+"""Flags of other training programs, without hyphens, and ours."""
 
 # ruff: noqa: UP045  # jsonargparse reads these types on Python 3.10 too
 

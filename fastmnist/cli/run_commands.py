@@ -79,9 +79,10 @@ def train_parser() -> Parser:
 
 
 def train_command(options: Any) -> int:
-    from fastmnist.runs.train import continues, resume, train
+    from fastmnist.runs.train import resume, train
     from fastmnist.system.processes import rank
     from fastmnist.system.progress import Reporter
+    from fastmnist.training.run_folder import continues
 
     if options.resume is not None:
         result = resume(options.resume, given_settings(options), started=options.started)

@@ -63,7 +63,7 @@ class Comparison:
 
     @property
     def part(self) -> str:
-        """What takes longer in the slowest process than in the others: "loading", "copying" or "computing"."""
+        """Part of the step with the largest excess in the slowest process: "loading", "copying" or "computing"."""
         return max(self._excess, key=lambda name: self._excess[name])
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 
 from fastmnist.config import TrainConfig, checked_settings, flag, without_unused
 from fastmnist.errors import ConfigError, DataError, FastmnistError
@@ -148,33 +146,6 @@ def _read_stopped(run: RunFolder, given: dict[str, Any]) -> tuple[TrainConfig, d
     if summary.get("interrupted") is False:
         raise ConfigError(f"{run.path}: this run is complete; there is nothing to resume")
     return config, {"amp": _begun_with(summary, state)} | state
-
-
-def continues(out: str | None) -> bool:
-    """Whether a job that torchrun starts again finds its run, stopped, in the folder `out`.
-
-    A run without a checkpoint is removed: it begins anew.
-
-    Raises:
-        ConfigError: torchrun would start the job again, and `out` is None: it could not find its run.
-    """
-    if not distributed.is_torchelastic_launched():
-        return False
-    if out is None:
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            raise ConfigError("torchrun --max-restarts starts a run again: name its folder with --out, to continue it")
-        return False
-    return bool(broadcast(_holds_stopped_run(RunFolder(Path(out).expanduser())) if not rank() else None))
-
-
-def _holds_stopped_run(run: RunFolder) -> bool:
-    if not (run.path / CONFIG).exists() or run.read_summary().get("interrupted") is False:
-        return False
-    if not (run.path / CHECKPOINT).exists():
-        run.claim()
-        run.discard()
-        return False
-    return True
 
 
 def _begun_with(summary: dict[str, Any], state: dict[str, Any]) -> str | None:
@@ -405,6 +376,8 @@ class _Run:
             "images_per_second": trainer.images_per_second,
             "images_per_second_per_process": trainer.images_per_second / world_size(),
             "world_size": world_size(),
+            "batch_size": config.batch_size,
+            "batch_size_per_process": config.batch_size // world_size(),
             "backend": backend(),
             "device": str(trainer.device),
             "amp": self.session.precision.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from joblib import cpu_count
 
 from fastmnist.errors import ConfigError
 
+WAKING_SECONDS = 0.2
 CONTROL_GROUPS, GROUPS_OF_THIS_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PROCESSORS, PROCESSOR_INFO = Path("/sys/devices/system/cpu"), Path("/proc/cpuinfo")
 
@@ -24,13 +26,10 @@ def choose_device(asked: str | torch.device | None) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
-    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
     if asked in (None, "auto"):
         asked = "cuda" if torch.cuda.is_available() else "cpu"
-        if asked == "cpu" or not several:
-            return torch.device(asked)
-    if several and str(asked) == "cuda":
-        asked = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if str(asked) == "cuda" and processes_here() > 1:
+        asked = f"cuda:{local_rank()}"
     try:
         device = torch.device(asked)  # type: ignore[arg-type]
         torch.empty(1, device=device)
@@ -43,6 +42,17 @@ def choose_device(asked: str | torch.device | None) -> torch.device:
 def synchronize(device: torch.device) -> None:
     """Waits until a GPU has finished its queue; a CPU has none."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wake(device: torch.device) -> None:
+    """Keeps a GPU busy until its clock is up: at the low clock of an idle one, cuDNN chooses the wrong algorithms."""
+    if device.type != "cuda":
+        return
+    matrix = torch.ones(4096, 4096, device=device, dtype=torch.float16)
+    until = time.perf_counter() + WAKING_SECONDS
+    while time.perf_counter() < until:
+        matrix @ matrix
         torch.cuda.synchronize(device)
 
 
@@ -81,9 +91,19 @@ def physical_cores() -> int:
     return int(allowed)
 
 
+def processes_here() -> int:
+    """Processes of this one's job on this machine, as torchrun says; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number among `processes_here`."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def cores_of_this_process() -> int:
-    """Its share of the cores, of which torchrun's processes on a machine have equally many."""
-    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Its equal share of the cores of this machine."""
+    return max(1, cpu_count() // processes_here())
 
 
 def available_memory() -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from fastmnist.errors import ConfigError, FastmnistError, ReportedError
-from fastmnist.system.machine import physical_cores
+from fastmnist.system.machine import local_rank, physical_cores, processes_here
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Environment variables of a process that was started as one of several."""
@@ -48,11 +48,6 @@ def world_size() -> int:
     return distributed.get_world_size() if _grouped() else 1
 
 
-def local_rank() -> int:
-    """This process's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if _grouped() else 0
-
-
 def backend() -> str | None:
     """How the processes exchange tensors, such as "gloo"; None for a single process."""
     return distributed.get_backend() if _grouped() else None
@@ -81,7 +76,7 @@ def process_group(device: str = "auto", minutes: float = TIMEOUT) -> Iterator[No
     if not launched() or _grouped():
         yield
         return
-    size, number = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    size = processes_here()
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
         if device not in ("auto", "cuda"):
@@ -91,7 +86,7 @@ def process_group(device: str = "auto", minutes: float = TIMEOUT) -> Iterator[No
                 f"{size} processes on a machine with {torch.cuda.device_count()} GPUs: start one for each, or say "
                 "--device cpu"
             )
-        torch.cuda.set_device(number)
+        torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, too
         torch.set_num_threads(max(1, physical_cores() // size))
@@ -157,7 +152,7 @@ def first_on_each_machine() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process passes, in the order of their numbers, for all of them; any value that pickles."""
+    """All processes' values, in the order of their numbers; any value that pickles."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -166,7 +161,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """What process 0 passes, for all."""
+    """The value of process 0."""
     if world_size() == 1:
         return value
     values = [value]

@@ -19,7 +19,7 @@ from fastmnist.loader.augment import Augmentation, warp_on_device, warp_on_host
 from fastmnist.loader.device import on_device
 from fastmnist.loader.epochs import EpochLoader, with_position
 from fastmnist.loader.normalise import Normaliser, scale_and_bias
-from fastmnist.system.machine import synchronize
+from fastmnist.system.machine import synchronize, wake
 from fastmnist.system.processes import average, gather, world_size
 from fastmnist.training.graph import Body, StepGraph, cuda_graph
 from fastmnist.training.optimizer import DEFAULT_RATES, MixedPrecisionOptimizer, one_cycle
@@ -30,24 +30,12 @@ from fastmnist.training.state import check_state, random_state, restoring, set_r
 
 Record = dict[str, Any]
 LOG_EVERY, LEAST_LINES = 50, 30  # steps between two log lines at most; lines of a run at least
-WAKING_SECONDS = 0.2
 CHUNK_VALUES = 1 << 24  # pixels that a GPU prepares together: their sampling grid takes at most 134 MB
 STREAMED_TOGETHER = 16  # batches
 
 
 # Shapes never change, so cuDNN times its algorithms once; training, warm-up and recording must find the same ones.
 fastest_convolutions = torch.backends.cudnn.flags(enabled=True, benchmark=True)
-
-
-def wake(device: torch.device) -> None:
-    """Keeps a GPU busy until its clock is up: at the low clock of an idle one, cuDNN chooses the wrong algorithms."""
-    if device.type != "cuda":
-        return
-    matrix = torch.ones(4096, 4096, device=device, dtype=torch.float16)
-    until = time.perf_counter() + WAKING_SECONDS
-    while time.perf_counter() < until:
-        matrix @ matrix
-        torch.cuda.synchronize(device)
 
 
 class Trainer:
@@ -274,7 +262,8 @@ class Trainer:
         Args:
             stop: asked after each step; True, in any process, ends the epoch early.
             on_log, on_tick: get a record every `log_every` steps and every `tick_seconds`; on a GPU some steps late,
-                for neither waits for it.
+                for neither waits for it. Several processes have no ticks and wait for their logs, so that a loss that
+                is not finite ends them all at the same step.
             after_step: called after each step; with several processes, after those on whose results they agreed.
 
         Returns:
@@ -306,6 +295,8 @@ class Trainer:
             self.seconds = before + time.perf_counter() - begun
             if done % self.log_every == 0 or done == batches:
                 readbacks.request(logged, done, self.step, tell(on_log))
+                if world_size() > 1:
+                    readbacks.finish()
                 logged, ticked = done, self.seconds
             elif self.seconds - ticked > tick_seconds and not readbacks.pending:
                 readbacks.request(logged, done, self.step, tell(on_tick))

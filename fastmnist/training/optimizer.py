@@ -88,7 +88,8 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, and the updates of matrices replaced by the nearest orthogonal ones.
 
     K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A convolution's weight is the
-    matrix (out, in x kernel); the last one, the classifier's, is left to SGD. Weight decay is decoupled.
+    matrix (out, in x kernel); the last one, the classifier's, is left to SGD. Weight decay is decoupled. torch has a
+    Muon from 2.9 on, for matrices alone, whose every iteration meets the long side.
 
     Args:
         parameters: all of a model's, in its order.

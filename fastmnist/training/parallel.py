@@ -10,6 +10,7 @@ from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmnist.errors import ConfigError
 from fastmnist.system.processes import average, world_size
 
 
@@ -45,20 +46,24 @@ def take_buffers_of_first(model: nn.Module) -> None:
             distributed.broadcast(buffer, src=0)
 
 
-class SharedBatchNorm2d(nn.BatchNorm2d):
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with the statistics of all processes' batches, on any device.
 
     torch.nn.SyncBatchNorm computes the same, on GPUs alone. All processes must have batches of the same size.
     """
 
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        """Any shape that begins with (B, C)."""
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to the same, normalised by the statistics of the B * world_size images of a step."""
+        """(B, C, ...) to the same, normalised by the statistics of the B * world_size images of a step."""
         if not self.training or world_size() == 1:
             return super().forward(images)
+        others = [axis for axis in range(images.ndim) if axis != 1]
         values = images.to(torch.promote_types(images.dtype, torch.float32))
-        mean = _Mean.apply(values.mean((0, 2, 3), keepdim=True))
+        mean = _Mean.apply(values.mean(others, keepdim=True))
         centred = values - mean
-        variance = _Mean.apply(centred.square().mean((0, 2, 3), keepdim=True))
+        variance = _Mean.apply(centred.square().mean(others, keepdim=True))
         with torch.no_grad():
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
@@ -66,9 +71,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             momentum = cast(float, self.momentum)
             cast(torch.Tensor, self.running_mean).lerp_(mean.flatten(), momentum)
             cast(torch.Tensor, self.running_var).lerp_(variance.flatten() * (count / (count - 1)), momentum)
-        shape = (1, -1, 1, 1)
-        scale = torch.rsqrt(variance + self.eps) * self.weight.view(shape)
-        return (centred * scale + self.bias.view(shape)).to(images.dtype)
+        scale = torch.rsqrt(variance + self.eps) * self.weight.view(mean.shape)
+        return (centred * scale + self.bias.view(mean.shape)).to(images.dtype)
 
 
 class _Mean(torch.autograd.Function):
@@ -84,7 +88,15 @@ class _Mean(torch.autograd.Function):
 
 
 def share_batch_norm(model: nn.Module) -> None:
-    """Turns every BatchNorm2d of `model` into a SharedBatchNorm2d, in place; names and shapes of weights stay."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SharedBatchNorm2d
+    """Turns every batch normalisation of `model` into a SharedBatchNorm, in place; names and shapes of weights stay.
+
+    Raises:
+        ConfigError: there is none, or one without weights or a constant momentum.
+    """
+    found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not found:
+        raise ConfigError("--sync-batchnorm has no effect: the model has no batch normalisation; leave it out")
+    for module in found:
+        if not module.affine or module.momentum is None or not module.track_running_stats:
+            raise ConfigError(f"--sync-batchnorm does not know a batch normalisation such as {module}; leave it out")
+        module.__class__ = SharedBatchNorm

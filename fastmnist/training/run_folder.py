@@ -12,12 +12,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO
 
+import torch
 import yaml
 
 from fastmnist.config import TrainConfig, checked_settings, short
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.files import open_alone, remove_orphans, write_bytes
 from fastmnist.system.processes import broadcast, rank
+from fastmnist.training.checkpoint import CHECKPOINT
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 LOCK = ".lock"  # exists while a process writes the folder
@@ -206,6 +208,33 @@ class RunFolder:
         if self.writes:
             self.check()
             write_bytes(self.path / name, text.encode())
+
+
+def continues(out: str | None) -> bool:
+    """Whether a job that torchrun starts again finds its run, stopped, in the folder `out`.
+
+    A run without a checkpoint is removed: it begins anew.
+
+    Raises:
+        ConfigError: torchrun would start the job again, and `out` is None: it could not find its run.
+    """
+    if not torch.distributed.is_torchelastic_launched():
+        return False
+    if out is None:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            raise ConfigError("torchrun --max-restarts starts a run again: name its folder with --out, to continue it")
+        return False
+    return bool(broadcast(_holds_stopped_run(RunFolder(Path(out).expanduser())) if not rank() else None))
+
+
+def _holds_stopped_run(run: RunFolder) -> bool:
+    if not (run.path / CONFIG).exists() or run.read_summary().get("interrupted") is False:
+        return False
+    if not (run.path / CHECKPOINT).exists():
+        run.claim()
+        run.discard()
+        return False
+    return True
 
 
 def _record(line: bytes) -> dict[str, Any]:

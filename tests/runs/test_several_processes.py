@@ -74,6 +74,7 @@ def test_a_killed_process_is_started_again_and_the_run_continues(tmp_path: Path)
     assert out.count("Test accuracy") == 1
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["world_size"], summary["backend"], summary["interrupted"]) == (2, "gloo", False)
+    assert (summary["batch_size"], summary["batch_size_per_process"]) == (128, 64)
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
     assert main(["evaluate", str(run), "--device", "cpu", "--json", str(tmp_path / "evaluation.json")]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["test_accuracy"] == summary["test_accuracy"]

@@ -89,7 +89,7 @@ def test_anybodys_model_by_its_function(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each])  # as of an installed command
     before = list(sys.path)
     model = build_model(f"{name}:Net", num_classes=7, in_channels=3, image_size=(20, 18))
-    assert not model[2].running_mean.any()  # type: ignore[index]  # the trial left no trace
+    assert not model[2].running_mean.any()  # the trial left no trace
     assert model(torch.randn(4, 3, 20, 18)).shape == (4, 7)
     assert build_model(f"{name}:plain", num_classes=5)(torch.randn(4, 1, 28, 28)).shape == (4, 5)
     with pytest.raises(ConfigError, match=r"wrong .*10 logits"):
@@ -107,7 +107,7 @@ def test_patch_cnn_takes_any_size_from_16(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(2, 3), (1, 1), (5, 7)])
 def test_a_convolution_over_patches_is_torchs(size: tuple[int, int], layout: torch.memory_format) -> None:
     torch.manual_seed(2)
-    ours = PatchConv2d(3, 4, size).to(memory_format=layout)  # type: ignore[call-overload]
+    ours = PatchConv2d(3, 4, size).to(memory_format=layout)
     images = torch.randn(5, 3, 11, 13).contiguous(memory_format=layout).requires_grad_()
     found, expected = ours(images), functional.conv2d(images, ours.weight, ours.bias, stride=size)
     torch.testing.assert_close(found, expected)

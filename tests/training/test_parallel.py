@@ -98,6 +98,11 @@ def test_one_that_is_to_stop_stops_both_after_the_same_step(both: list[dict[str,
     assert [found["stopped"]["step"] for found in both] == [2, 2]
 
 
+def test_a_loss_that_is_not_finite_ends_both_at_the_same_step(both: list[dict[str, Any]]) -> None:
+    first, second = (found["diverged"]["step"] for found in both)
+    assert first == second is not None
+
+
 def test_what_they_exchange(both: list[dict[str, Any]]) -> None:
     for found in (found["exchanged"] for found in both):
         assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
@@ -128,8 +133,14 @@ def test_a_process_that_was_launched_has_its_group(monkeypatch: pytest.MonkeyPat
         two_processes.trained(cache)
 
 
+@pytest.mark.parametrize("layers", [[], [nn.BatchNorm2d(3, affine=False)], [nn.BatchNorm2d(3, momentum=None)]])
+def test_batch_normalisation_that_cannot_be_shared_is_refused(layers: list[nn.Module]) -> None:
+    with pytest.raises(two_processes.ConfigError, match="--sync-batchnorm"):
+        two_processes.share_batch_norm(nn.Sequential(nn.Flatten(), *layers))
+
+
 def test_in_one_process_batch_normalisation_is_torch_s() -> None:
-    shared, plain = two_processes.SharedBatchNorm2d(3), nn.BatchNorm2d(3)
+    shared, plain = two_processes.SharedBatchNorm(3), nn.BatchNorm2d(3)
     images = torch.randn(5, 3, 4, 4)
     assert torch.equal(shared(images), plain(images))
     assert torch.equal(shared.running_var, plain.running_var)

@@ -17,7 +17,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.system import processes
 from fastmnist.system.processes import process_group, rank, world_size
 from fastmnist.system.progress import Reporter
-from fastmnist.training.parallel import SharedBatchNorm2d, distribute, share_batch_norm
+from fastmnist.training.parallel import SharedBatchNorm, distribute, share_batch_norm
 from fastmnist.training.session import Session
 
 BATCH = 24
@@ -27,9 +27,17 @@ Found = dict[str, Any]
 def learned(path: Path) -> Found:
     """Weights of a float64 network with shared batch normalisation, after two epochs of a plain loop over it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10)).double()
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(144, 16),
+        nn.BatchNorm1d(16),
+        nn.Linear(16, 10),
+    ).double()
     share_batch_norm(model)
-    assert isinstance(model[1], SharedBatchNorm2d)
+    assert [at for at, layer in enumerate(model) if isinstance(layer, SharedBatchNorm)] == [1, 5]
     network = distribute(model, torch.device("cpu"), compress=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     with Loader(path, BATCH // world_size(), device="cpu", drop_last=True, seed=5) as loader:
@@ -70,6 +78,16 @@ def stopped(cache: Path) -> Found:
         trainer = session.trainer
         assert trainer.run_epoch(stop=lambda: rank() == world_size() - 1 and trainer.step == 2) is None
         return {"step": trainer.step}
+
+
+def diverged(cache: Path) -> Found:
+    """The step at which training ends whose loss is no longer finite; process 1 alone asks for ticks."""
+    with Session(digits(cache, learning_rate=1e30, warmup=0.01), Reporter(quiet=True)) as session:
+        try:
+            session.trainer.run_epoch(tick_seconds=0.0 if rank() else 1e9)
+        except FastmnistError:
+            return {"step": session.trainer.step}
+    return {"step": None}
 
 
 def refused(cache: Path) -> Found:
@@ -115,6 +133,7 @@ def everything(path: Path, cache: Path) -> Found:
         "shared": trained(cache, sync_batchnorm=True),
         "compressed": trained(cache, compress_gradients=True),
         "stopped": stopped(cache),
+        "diverged": diverged(cache),
         "refused": refused(cache),
         "exchanged": exchanged(),
     }
