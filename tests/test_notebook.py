@@ -155,7 +155,7 @@ def test_an_upload_on_colab_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 SHORT = {
     "LADDER_IMAGES": "256",
     "BUDGET": "2",
-    "SECONDS": "1",
+    "SECONDS": "2",
     "IMAGES": "600",
     "EPOCHS": "2  #",
     "FEW": "300",

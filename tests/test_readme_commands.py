@@ -86,7 +86,7 @@ def test_every_command_of_the_pages(
             continue
         if "--resume" in words:
             said = stopped(
-                ["train", "--preset", "none", "--epochs", "30", "--out", "runs/stopped", "--model", "small-cnn"],
+                ["train", "--preset", "none", "--epochs", "15", "--out", "runs/stopped", "--model", "small-cnn"],
                 lambda text: metrics.is_file() and metrics.stat().st_size > 0,
             )
             assert "fastmnist train --resume" in said, said

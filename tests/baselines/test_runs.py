@@ -144,7 +144,7 @@ def test_each_loader_takes_its_settings(make_trainer, samples, kind, own):
         assert configured._settings() == plain._settings()
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ["ours", FFCV])
 def test_a_quasi_random_run_has_its_own_order_and_goes_on_in_it(make_trainer, kind):
     whole, stopped, resumed = (make_trainer(kind, order="quasi_random") for _ in range(3))
     losses = [whole.run_epoch()["train_loss"] for _ in range(2)]
@@ -164,23 +164,3 @@ def test_mnist_is_trained_on_in_a_quasi_random_order(make_trainer, mnist_folder,
     assert loader.order == "quasi_random"
     rows = assert_epoch(loader, [500] * 110)
     assert len(np.unique(rows)) == 55_000
-
-
-@pytest.mark.slow
-@pytest.mark.ffcv
-@pytest.mark.filterwarnings("ignore")
-def test_all_loaders_train_to_about_the_same_accuracy(tmp_path):
-    accuracies = {
-        kind: train(
-            TrainConfig(
-                dataset="digits",
-                model="small-cnn",
-                epochs=8,
-                batch_size=64,
-                loader=kind,
-                out=str(tmp_path / kind),
-            )
-        ).summary["test_accuracy"]
-        for kind in LOADERS
-    }
-    assert min(accuracies.values()) > 0.95, accuracies
