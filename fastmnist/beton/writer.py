@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from fastmnist.beton.dataset_stream import DatasetStream, is_dataset
 from fastmnist.beton.format import MAX_SIDE
 from fastmnist.beton.layout import PAGE_SIZE, Layout, page_size_for
 from fastmnist.beton.moments import Moments
-from fastmnist.errors import DataError
+from fastmnist.errors import ConfigError, DataError
 from fastmnist.files import replacing
 
 # An array with at most so many rows and at least so many columns and channels has its channels first.
@@ -59,10 +60,11 @@ class Page(NamedTuple):
 
 def write_beton(
     path: str | os.PathLike[str],
-    images: np.ndarray | ImageStream,
+    images: Any,
     labels: np.ndarray | Sequence[int] | None = None,
     *,
     class_names: Sequence[str] = (),
+    resize: tuple[int, int] | None = None,
     dataset: str = "",
     split: str = "",
     source: str = "",
@@ -80,10 +82,12 @@ def write_beton(
 
     Args:
         path: the file to write; a missing folder is made, an older file is replaced.
-        images: (N, H, W) or (N, H, W, C) uint8: an array, a memory map, or a stream of blocks. docs/your-data.md has
-            the way from tensors, datasets and folders.
-        labels: (N,) integers, from 0.
-        class_names: one name per class; labels must then be below their number.
+        images: (N, H, W) or (N, H, W, C) uint8: an array, a memory map, or a stream of blocks; or a map-style dataset
+            of (image, label), torch's or Hugging Face's, read item by item (see `DatasetStream`). docs/your-data.md has
+            the way from tensors and folders.
+        labels: (N,) integers, from 0; a dataset brings its own.
+        class_names: one name per class; labels must then be below their number. By default those of a dataset.
+        resize: (H, W) of a dataset's images, bilinear with anti-aliasing; None for a dataset of one size.
         dataset, split, source: texts kept in the file. A float `Loader` of the split "train" normalises by the file's
             own moments, one of any other takes `moments`. `source` identifies the bytes that the file was made from.
         page_size: bytes, a power of 2; doubled until a sample fits. Samples never straddle a page.
@@ -91,11 +95,14 @@ def write_beton(
 
     Raises:
         DataError: images are no array of that kind, (N, C, H, W) included; images and labels do not fit together; a
-            label is out of range; or a stream yields other blocks than it announced.
+            label is out of range; a stream yields other blocks than it announced; or an item of a dataset cannot be
+            used.
+        ConfigError: `resize` is no size, or comes without a dataset.
         FastmnistError: the file cannot be written.
     """
     path = Path(path)
-    stream = ArrayStream(images) if isinstance(images, np.ndarray) else _checked_stream(images, path)
+    stream, labels = _opened(images, labels, resize, path)
+    class_names = class_names or getattr(stream, "class_names", ())
     labels = _checked_labels(stream, labels, class_names, path)
     image_shape = stream.shape[1:]
     layout = Layout(
@@ -107,7 +114,7 @@ def write_beton(
         class_names=tuple(class_names),
         source=source,
     )
-    write_pages(path, layout, labels, _pages(stream, layout, path), progress)
+    write_pages(path, layout, labels, _pages(stream, labels, layout, path), progress)
     return path
 
 
@@ -149,14 +156,30 @@ def _start_writeback(file: BinaryIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _pages(stream: ImageStream, layout: Layout, path: Path) -> Iterator[Page]:
-    content = np.zeros(layout.page_size, np.uint8)
+def _pages(stream: ImageStream, labels: np.ndarray, layout: Layout, path: Path) -> Iterator[Page]:
+    content, done = np.zeros(layout.page_size, np.uint8), 0
     for block in _checked_blocks(stream, layout.per_page, path):
         content[: block.size] = block.reshape(-1)
         content[block.size :] = 0
         moments = Moments(layout.channels)
         moments.add(block)
+        _check_range(labels, slice(done, done + len(block)), layout.class_names, path)  # a dataset's are here only now
+        done += len(block)
         yield Page(content, zlib.crc32(content.data), moments)
+
+
+def _opened(
+    images: Any, labels: np.ndarray | Sequence[int] | None, resize: tuple[int, int] | None, path: Path
+) -> tuple[ImageStream, np.ndarray | Sequence[int] | None]:
+    """The images as a stream, and their labels."""
+    if is_dataset(images) and not callable(getattr(images, "blocks", None)):
+        if labels is not None:
+            raise DataError(f"{path}: a dataset brings its labels; leave the argument labels out")
+        stream = DatasetStream(images, path, resize=resize)
+        return stream, stream.labels
+    if resize is not None:
+        raise ConfigError("resize is for a dataset's images; an array or a stream has one size already")
+    return ArrayStream(images) if isinstance(images, np.ndarray) else _checked_stream(images, path), labels
 
 
 def _checked_stream(images: Any, path: Path) -> ImageStream:
@@ -168,10 +191,8 @@ def _checked_stream(images: Any, path: Path) -> ImageStream:
         way = "give tensor.cpu().numpy(), or .permute(0, 2, 3, 1) of it first if it is (N, C, H, W)"
     elif isinstance(images, (list, tuple)):
         way = "give np.stack(images)"
-    elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
-        way = "give np.stack([np.asarray(image) for image, label in dataset]) and [label for image, label in dataset]"
     else:
-        way = "give an array, or a stream with `shape` and `blocks(rows)`"
+        way = "give an array, a dataset with items by number, or a stream with `shape` and `blocks(rows)`"
     raise DataError(f"{path}: images come as {type(images).__name__}, not as an array; {way} (docs/your-data.md)")
 
 
@@ -200,13 +221,17 @@ def _checked_labels(
             f"{path}: {stream.shape[0]} images come with labels of shape {labels.shape}, {labels.dtype}; "
             "one integer per image is needed (for other targets its row, np.arange(N), to look them up by)"
         )
+    _check_range(labels, slice(None), class_names, path)
+    return labels.astype(np.int64, copy=False)
+
+
+def _check_range(labels: np.ndarray, some: slice, class_names: Sequence[str], path: Path) -> None:
     upper = len(class_names) or np.iinfo(np.int64).max
-    wrong = np.flatnonzero((labels < 0) | (labels >= upper))
+    wrong = np.flatnonzero((labels[some] < 0) | (labels[some] >= upper))
     if len(wrong):
-        at = int(wrong[0])
+        at = int(wrong[0]) + (some.start or 0)
         allowed = f"0 to {upper - 1}" if class_names else "0 or more"
         raise DataError(f"{path}: label {labels[at]} of sample {at} is out of range; {allowed} is needed")
-    return labels.astype(np.int64)
 
 
 def _checked_blocks(stream: ImageStream, rows: int, path: Path) -> Iterator[np.ndarray]:
