@@ -147,7 +147,7 @@ class RecipeConfig:
     """Probability that the loss spreads over all classes."""
 
     augment: bool = True
-    """Shift, rotate and scale each training image at random."""
+    """Shift, rotate, scale and flip each training image at random."""
 
     shift: float = 2.0
     """Largest shift in each direction (pixels)."""
@@ -157,6 +157,10 @@ class RecipeConfig:
 
     scale: float = 0.08
     """Largest change of size (0.1 is 10 % larger or smaller)."""
+
+    flip: Optional[bool] = None
+    """Mirror each training image at random, left to right; by default true for cifar10 and cifar100, false for digits,
+    letters and data of your own."""
 
     seed: int = 0
     """Seed of the weights, the order and the augmentation."""

@@ -199,7 +199,7 @@ class PlainDataLoader(_Planned):
                 scale=(1 - strength.scale, 1 + strength.scale),
                 interpolation=transforms.InterpolationMode.BILINEAR,
             )
-            steps.insert(0, affine)
+            steps[:0] = [affine, transforms.RandomHorizontalFlip()] if strength.flip else [affine]
         kind = GreyImages if channels == 1 else ColourImages
         return kind(images, labels, transforms.Compose(steps)), None
 

@@ -1,4 +1,4 @@
-"""Augmentation: random shift, rotation and scale, drawn once for host and device and applied to whole batches.
+"""Augmentation: random shift, rotation, scale and flip, drawn once for host and device and applied to whole batches.
 
 On the host `warp.gather_warped` applies them while it gathers and normalises; on a GPU `warp_on_device` does.
 """
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
-from fastmnist.loader.order import sample_uniforms
+from fastmnist.loader.order import FLIP_STREAM, sample_uniforms
 from fastmnist.loader.warp import gather_warped, similarities
 
 DRAWS = 4
@@ -21,12 +22,13 @@ DRAWS = 4
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Strengths of a random shift, rotation and scale; each is a maximum, and all are drawn uniformly.
+    """Strengths of a random shift, rotation and scale, drawn uniformly up to these maxima, and a random flip.
 
-    A draw is a pure function of (seed, epoch, sample).
+    A draw is a pure function of (seed, epoch, sample). With and without the flip, the others draw the same.
 
     Attributes:
         shift: pixels, along each axis. rotation: degrees. scale: relative change of size; 0.1 draws from 0.9 to 1.1.
+        flip: left and right change sides with probability 0.5.
 
     Raises:
         ConfigError: a strength out of range.
@@ -47,6 +49,12 @@ class Augmentation:
     shift: float = 0.0
     rotation: float = 0.0
     scale: float = 0.0
+    flip: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Augmentation | None:
+        """That of a run; None where it does not augment."""
+        return cls(config.shift, config.rotation, config.scale, bool(config.flip)) if config.augment else None
 
     def __post_init__(self) -> None:
         if not (0 <= self.shift < math.inf and 0 <= self.rotation <= 180 and 0 <= self.scale < 1):
@@ -60,14 +68,20 @@ class Augmentation:
         return np.array([self.shift, math.radians(self.rotation), self.scale])
 
     def draw(self, samples: int, seed: int, epoch: int) -> np.ndarray:
-        """(samples, 4) float32 in [-1, 1), for `matrices`; row i belongs to sample i, whatever `samples` is."""
-        return sample_uniforms(samples, seed, epoch, DRAWS) * 2 - 1
+        """(samples, 4) float32 in [-1, 1), or (samples, 5) with the flip's, for `matrices`.
+
+        Row i belongs to sample i, whatever `samples` is.
+        """
+        draws = sample_uniforms(samples, seed, epoch, DRAWS)
+        if self.flip:
+            draws = np.concatenate([draws, sample_uniforms(samples, seed, epoch, 1, FLIP_STREAM)], axis=1)
+        return draws * 2 - 1
 
     def matrices(self, draws: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         """Affine transforms of output to input pixels, as the host's kernel computes them; see `warp`.
 
         Args:
-            draws: (n, 4) float32, rows of `draw`.
+            draws: (n, 4) or (n, 5) float32, rows of `draw`.
             image_size: (H, W).
 
         Returns:
@@ -75,7 +89,17 @@ class Augmentation:
         """
         matrices = np.empty((len(draws), 2, 3), np.float32)
         similarities(draws, self.strengths, *image_size, matrices)
+        if self.flip:  # first x becomes W - 1 - x
+            flipped = draws[:, DRAWS] < 0
+            matrices[flipped, :, 2] += matrices[flipped, :, 0] * np.float32(image_size[1] - 1)
+            matrices[flipped, :, 0] *= -1
         return matrices
+
+    def on_device(self, images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        """`warp_on_device`; a flip alone moves pixels exactly, where interpolation would round."""
+        if self.flip and not self.strengths.any():
+            return torch.where(matrices[:, 0, 0].view(-1, 1, 1, 1) < 0, images.flip(3), images)
+        return warp_on_device(images, matrices)
 
 
 def warp_on_host(images: torch.Tensor, matrices: torch.Tensor, scale: np.ndarray, bias: np.ndarray) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastmnist.loader.augment import Augmentation, warp_on_device
+from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.host import Batch, HostGatherer, Part, SampleCopy
 from fastmnist.loader.normalise import Moments, Normaliser
 
@@ -40,13 +40,14 @@ class Finish:
             self._normalise = Normaliser(*moments, device)
 
     def __call__(self, pixels: torch.Tensor, draws: np.ndarray | None) -> torch.Tensor:
-        """(B, H * W * C) uint8 and draws (B, 4) float32 to (B, C, H, W) channels_last."""
+        """(B, H * W * C) uint8 and draws (B, 4 or 5) float32 to (B, C, H, W) channels_last."""
         images = pixels.view(-1, *self._shape).permute(0, 3, 1, 2)
         if self._dtype == torch.uint8:
             return images
         if self._augment is not None and draws is not None:
             matrices = on_device(self._augment.matrices(draws, self._shape[:2]), self._device)
-            images = warp_on_device(images.to(torch.float32), matrices).contiguous(memory_format=torch.channels_last)
+            images = self._augment.on_device(images.to(torch.float32), matrices)
+            images = images.contiguous(memory_format=torch.channels_last)
         return self._normalise(images, self._dtype)
 
 

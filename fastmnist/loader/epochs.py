@@ -225,7 +225,8 @@ class EpochLoader(ABC):
 
     def _identity(self) -> dict[str, Any]:
         """Settings that must agree for a position to mean the same sample."""
-        strengths = self.augment and [self.augment.shift, self.augment.rotation, self.augment.scale]
+        augment = self.augment  # without a flip its state is that of older versions
+        strengths = augment and [augment.shift, augment.rotation, augment.scale, *[True] * augment.flip]
         return {
             "seed": self.seed,
             "order": self.order,

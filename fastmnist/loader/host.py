@@ -125,7 +125,7 @@ class Part(NamedTuple):
 
     Attributes:
         rows: (n,) int64, the samples' numbers in the file.
-        draws: (n, 4) float32, of `Augmentation.draw`; None where the loader does not augment.
+        draws: (n, 4 or 5) float32, of `Augmentation.draw`; None where the loader does not augment.
         data: (bytes,) uint8. Image i begins at offsets[order[i]]; order is (n,) int64.
     """
 

@@ -54,8 +54,8 @@ class Loader(EpochLoader):
         moments: mean and std of a float dtype: a file, usually that of the training images, or (mean, std), each one
             number per channel. None takes the file's own if it is a training split ("train" in the file); for any other
             file they must be given, since a test set normalised by its own moments is not what the model learned.
-        augment: random shift, rotation and scale of each image before it is normalised; needs a float dtype. A sample's
-            draw depends on (seed, epoch, sample) alone.
+        augment: random shift, rotation, scale and flip of each image before it is normalised; needs a float dtype. A
+            sample's draw depends on (seed, epoch, sample) alone.
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
             "sequential"; "auto" is sequential without `shuffle`, quasi-random when a file larger than the available
             memory is streamed, else random.

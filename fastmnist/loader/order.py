@@ -18,7 +18,7 @@ from fastmnist.loader.kernels import jit
 Kind = Literal["random", "quasi_random", "sequential"]
 Uneven = Literal["pad", "drop"]
 
-ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM = 0, 1, 2  # one independent stream of bits per use
+ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM, FLIP_STREAM = 0, 1, 2, 3  # one independent stream of bits per use
 BLOCK = 1 << 20  # random numbers drawn at a time
 WINDOW_PAGES = 32  # shuffled together: 64 MB of the files that we write
 
@@ -100,7 +100,7 @@ class EpochPlan(NamedTuple):
         epoch: its number.
         rows: (n,) int64, the samples' numbers in the file, in order.
         windows: pages of the file and where in `rows` they are needed from; only of a quasi-random order.
-        draws: (n, 4) float32, `Augmentation.draw` of each row; None where the loader does not augment.
+        draws: (n, 4 or 5) float32, `Augmentation.draw` of each row; None where the loader does not augment.
     """
 
     epoch: int
@@ -174,9 +174,9 @@ class EpochOrder:
         return max(0, -((self.rank - position) // self.world_size))
 
 
-def sample_uniforms(count: int, seed: int, epoch: int, draws: int) -> np.ndarray:
+def sample_uniforms(count: int, seed: int, epoch: int, draws: int, stream: int = AUGMENT_STREAM) -> np.ndarray:
     """(count, draws) float32 in [0, 1): row i belongs to the sample of index i, whatever `count` is."""
-    generator = _generator(seed, epoch, AUGMENT_STREAM)
+    generator = _generator(seed, epoch, stream)
     uniforms = np.empty(count * draws, np.float32)
     for start in range(0, len(uniforms), BLOCK):
         block = uniforms[start : start + BLOCK]

@@ -91,9 +91,9 @@ def _transforms(
     config: TrainConfig, count: int, image_size: tuple[int, int], device: torch.device
 ) -> torch.Tensor | None:
     """(count, 2, 3) on the device, drawn once; None without augmentation."""
-    if not config.augment:
+    augmentation = Augmentation.of(config)
+    if augmentation is None:
         return None
-    augmentation = Augmentation(config.shift, config.rotation, config.scale)
     matrices = augmentation.matrices(augmentation.draw(count, config.seed, 0), image_size)
     return torch.from_numpy(matrices).to(device)
 

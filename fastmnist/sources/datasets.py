@@ -32,6 +32,7 @@ FASHION = (
 )
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
+FLIPPED = ("cifar10", "cifar100")  # whose images mean the same from left to right and back
 SPLITS = ("train", "test")
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 0

@@ -62,8 +62,9 @@ class Trainer:
         self.chunk = _batches_together(loader)
         self.normalise = Normaliser(*loader.file.moments, self.device)
         self._scale_and_bias = scale_and_bias(*loader.file.moments)
-        augmented_here = config.augment and loader.dtype == torch.uint8
-        self.augmentation = Augmentation(config.shift, config.rotation, config.scale) if augmented_here else None
+        augmentation = Augmentation.of(config)
+        self.augmentation = augmentation if loader.dtype == torch.uint8 else None
+        self._warp = warp_on_device if augmentation is None else augmentation.on_device
         self.optimizer = MixedPrecisionOptimizer(model, config, precision, self.device)
         peak = config.learning_rate or DEFAULT_RATES[config.optimizer]
         self.log_every = config.log_every or max(1, min(LOG_EVERY, self.steps // LEAST_LINES))
@@ -92,7 +93,7 @@ class Trainer:
                 images = warp_on_host(images, transforms, *self._scale_and_bias)
             else:
                 images = images.to(torch.float32)
-                images = self.normalise(images if transforms is None else warp_on_device(images, transforms))
+                images = self.normalise(images if transforms is None else self._warp(images, transforms))
         # One channel fits both layouts: a copy fixes the strides.
         return images.to(self.precision.amp or torch.float32).clone(memory_format=self.layout)
 

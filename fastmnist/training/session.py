@@ -24,6 +24,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import AnyMoments
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.prepare.prepare import prepare
+from fastmnist.sources.datasets import FLIPPED
 from fastmnist.system.environment import versions
 from fastmnist.system.machine import choose_device
 from fastmnist.system.processes import check_agreement, check_launch, first_on_each_machine, launched, world_size
@@ -243,6 +244,7 @@ class Session:
             val_size=val_size,
             epochs=config.epochs or (passes if passes < 1 else float(min(round(passes), MOST_EPOCHS))),
             learning_rate=config.learning_rate or DEFAULT_RATES[config.optimizer],
+            flip=prepared.dataset in FLIPPED if config.flip is None else config.flip,
         )
 
     def _split(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -273,9 +275,7 @@ def loader_arguments(config: TrainConfig, train: AnyMoments) -> dict[str, Any]:
     """
     arguments = _own_settings(config, config.loader)
     if config.loader == "dataloader":
-        arguments["moments"] = train
-        if config.augment:
-            arguments["augment"] = Augmentation(config.shift, config.rotation, config.scale)
+        arguments["moments"], arguments["augment"] = train, Augmentation.of(config)
     return {"order": config.order} | arguments
 
 

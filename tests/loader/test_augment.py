@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
+from torchvision.transforms.functional import hflip
 
 from fastmnist.errors import ConfigError
 from fastmnist.loader.augment import Augmentation, warp_on_device, warp_on_host
@@ -16,7 +17,7 @@ from fastmnist.loader.normalise import Normaliser
 from fastmnist.loader.warp import gather_warped
 from tests.loader.batches import joined
 
-STRONG = Augmentation(shift=4.0, rotation=40.0, scale=0.3)
+STRONG = Augmentation(shift=4.0, rotation=40.0, scale=0.3, flip=True)
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 CLOSE = 0.02  # grey levels of 255: coordinates are float32
 
@@ -89,6 +90,36 @@ def test_a_shift_by_whole_pixels_moves_and_fills_with_background(warp, right):
     if abs(right) < 8:
         expected[:, :, max(right, 0) : 8 + min(right, 0)] = images[:, :, max(-right, 0) : 8 - max(right, 0)]
     np.testing.assert_allclose(warp(images, moves, draws), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("warp", [on_host, of_a_batch])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_flip_alone_is_torchvisions_to_the_bit(warp, channels):
+    """Half of the images, and the same ones on host and device."""
+    images = np.random.default_rng(2).integers(0, 256, (200, 7, 10, channels), np.uint8)
+    mirror = Augmentation(flip=True)
+    draws = mirror.draw(200, seed=3, epoch=1)
+    found = torch.from_numpy(warp(images, mirror, draws)).permute(0, 3, 1, 2)
+    plain = torch.from_numpy(images).permute(0, 3, 1, 2)
+    flipped = torch.tensor([torch.equal(one, hflip(two).float()) for one, two in zip(found, plain, strict=True)])
+    assert 70 < int(flipped.sum()) < 130
+    assert torch.equal(found[~flipped], plain[~flipped].float())
+    matrices = torch.from_numpy(mirror.matrices(draws, (7, 10)))
+    assert torch.equal(mirror.on_device(plain.float(), matrices), found)
+
+
+@given(seed=st.integers(0, 10_000), size=SIZES)
+def test_a_flip_mirrors_what_the_other_strengths_give_and_leaves_their_draws(seed, size):
+    strong = {"shift": 4.0, "rotation": 40.0, "scale": 0.3}
+    plain, mirror = Augmentation(**strong), Augmentation(**strong, flip=True)
+    images = np.random.default_rng(seed).integers(0, 256, (4, *size, 1), np.uint8)
+    draws = mirror.draw(4, seed, 0)
+    np.testing.assert_array_equal(draws[:, :4], plain.draw(4, seed, 0))
+    draws[:, 4] = [-1, 0.5, -0.1, 0]  # below 0 flips
+    expected, found = on_host(images, plain, draws[:, :4].copy()), on_host(images, mirror, draws)
+    np.testing.assert_array_equal(found[1::2], expected[1::2])
+    wrong = np.abs(found[::2] - expected[::2, :, ::-1]) > CLOSE
+    assert wrong.mean() <= 0.001 or wrong.sum() <= 2
 
 
 @pytest.mark.parametrize("strength", [{"shift": 2.0}, {"rotation": 8.0}, {"scale": 0.1}])
