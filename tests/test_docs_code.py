@@ -218,9 +218,9 @@ def test_a_loop_resumes_with_the_next_batch(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.slow
-def test_several_processes() -> None:
-    Path("train.py").write_text("\n".join(sections("several-gpus.md").values()))
+def weights_of_two_processes(script: str) -> None:
+    """Runs the script in two processes, which both save their weights, and holds these against each other."""
+    Path("train.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -228,6 +228,57 @@ def test_several_processes() -> None:
     one, other = (torch.load(f"weights-{rank}.pt") for rank in range(2))
     trained = [name for name in one if "running" not in name]  # each process has statistics of its own
     assert all(torch.equal(one[name], other[name]) for name in trained)
+
+
+@pytest.mark.slow
+def test_several_processes() -> None:
+    weights_of_two_processes("\n".join(sections("several-gpus.md").values()))
+
+
+FRAMEWORKS = """
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import lightning
+
+lightning.Trainer = partial(lightning.Trainer, accelerator="cpu", devices=2, strategy="ddp")
+accelerate.Accelerator = partial(accelerate.Accelerator, cpu=True)
+seen = []
+
+
+def cross_entropy(logits, labels):
+    seen.append(labels)
+    return nn.functional.cross_entropy(logits, labels)
+
+
+functional = SimpleNamespace(cross_entropy=cross_entropy)
+{Lightning}
+weights = trainer.lightning_module.model.state_dict()
+{accelerate}
+rank = os.environ["RANK"]
+weights |= {{f"accelerate {{name}}": tensor for name, tensor in model.state_dict().items()}}
+torch.save(weights, f"weights-{{rank}}.pt")
+torch.save(seen, f"seen-{{rank}}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.peers
+def test_frameworks_in_several_processes() -> None:
+    """Each of three epochs is shared out: 6 batches for each process, and the two have each sample once."""
+    for package in ("lightning", "accelerate"):
+        needs(package)
+    weights_of_two_processes(FIRST.replace("range(3)", "range(0)") + FRAMEWORKS.format(**LOOPS))
+    shares = [torch.load(f"seen-{rank}.pt") for rank in range(2)]
+    assert [len(share) for share in shares] == [2 * 3 * 6] * 2
+    with fastmnist.Beton("data/digits-train.beton") as file:
+        labels = np.bincount(file.labels)
+    for epoch in range(2 * 3):
+        together = torch.cat([batch for share in shares for batch in share[6 * epoch : 6 * epoch + 6]])
+        assert np.abs(np.bincount(together) - labels).sum() == 1  # 1,437 samples: one of them twice
 
 
 def test_each_page_with_code_is_tested() -> None:
