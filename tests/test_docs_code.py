@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torch.nn import functional
 from torchvision.transforms.functional import normalize
 
@@ -283,7 +284,38 @@ def test_frameworks_in_several_processes() -> None:
 
 def test_each_page_with_code_is_tested() -> None:
     with_code = {page.name for page in DOCS.glob("*.md") if "```python" in page.read_text()}
-    assert with_code == {"several-gpus.md", "tuning.md", "your-data.md", "your-loop.md"}
+    assert with_code == {"loader.md", "several-gpus.md", "tuning.md", "your-data.md", "your-loop.md"}
+
+
+# Loader
+
+
+def rows_of(loader: fastmnist.Loader) -> list[int]:
+    return torch.cat([chunk.rows for chunk in loader.chunks()]).tolist()
+
+
+def test_loader() -> None:
+    code, names = sections("loader.md"), dict[str, Any]()
+    exec(code["Which samples an epoch has"], names)
+    exec(code["By weight, or each class alike"], names)
+    labels = names["labels"]
+    counts = np.bincount(labels[rows_of(names["balanced"])], minlength=10)
+    assert counts.sum() == 1000
+    assert stats.chisquare(counts).pvalue > 0.001
+    drawn = np.bincount(labels[rows_of(names["weighted"])])
+    assert drawn[8] > 3 * np.delete(drawn, 8).mean()
+    first, second = (rows_of(names["once"]) for _ in range(2))
+    assert len(set(first)) == len(first) == 200
+    assert set(first) != set(second)
+    first, second = (rows_of(names["part"]) for _ in range(2))
+    assert len(set(first)) == 256
+    assert set(first) != set(second)
+    exec(code["An order of your own"], names)
+    assert rows_of(names["curriculum"]) == np.argsort(names["brightness"]).tolist()
+    exec(code["Samples by number"], names)
+    assert names["labels"].tolist() == labels[names["darkest"]].tolist()
+    assert names["images"].shape == (8, 1, 28, 28)
+    assert len(rows_of(names["loader"])) == (names["brightness"] > np.median(names["brightness"])).sum()
 
 
 # Doctor and tuner

@@ -29,7 +29,8 @@ INSTEAD: Mapping[str, str] = {
     "pin_memory": _ON_DEVICE,
     "pin_memory_device": _ON_DEVICE,
     "generator": "seed= fixes the order of every epoch",
-    "sampler": "indices= names the samples, order= and shuffle= their order, rank= and world_size= a process's share",
+    "sampler": "indices= names the samples, weights= or balanced= draws them, order= and shuffle= order them, "
+    "rank= and world_size= name a process's share",
     "batch_sampler": "batch_size=, indices=, order= and drop_last= make the batches",
     "collate_fn": "batches are gathered whole; change them in the loop",
     "transform": "augment=fastmnist.Augmentation(...) shifts, rotates and scales; transform whole batches in the loop",
@@ -63,7 +64,7 @@ class LoaderDataset(Dataset[Batch]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Batch]:
         rows = self._loader.indices[np.asarray(positions, np.int64)]
-        return list(zip(*self._loader.gather(rows), strict=True))
+        return list(zip(*self._loader.get(rows, self._loader._sampled_epoch), strict=True))
 
     @property
     def classes(self) -> list[str]:

@@ -7,7 +7,7 @@ import threading
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastmnist.loader.device import on_device
 from fastmnist.loader.host import Batch
 from fastmnist.loader.normalise import AnyMoments, choose_moments
 from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
+from fastmnist.loader.sampling import Rows, Sampling, checked_rows
 from fastmnist.system.machine import choose_device
 
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
@@ -73,8 +74,9 @@ class EpochLoader(ABC):
         rank: int | None = None,
         world_size: int | None = None,
         uneven: Uneven = "pad",
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Rows | None = None,
         verify: Verify = "size",
+        sampling: Sampling | None = None,
     ) -> None:
         batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
         if dtype not in DTYPES:
@@ -92,31 +94,38 @@ class EpochLoader(ABC):
         self.device, self.dtype, self.augment = choose_device(device), dtype, augment
         self.moments = None if dtype == torch.uint8 else choose_moments(self.file, moments)
         self._all = indices is None
-        self.indices = _checked_indices(indices, len(self.file))
         self.order: Kind = ("random" if shuffle else "sequential") if order == "auto" else order
         self.rank, self.world_size = process_rank(rank, world_size)
-        self._epoch_order = EpochOrder(
-            self.indices,
-            self.order,
-            seed,
-            self._pages() if self.order == "quasi_random" else None,
-            self.rank,
-            self.world_size,
-            uneven,
-        )
-        if not len(self._epoch_order):
-            raise ConfigError(
-                f"{len(self.indices)} samples cannot be dealt to {self.world_size} processes; take uneven='pad'"
-            )
+        self._uneven, self._sampling = uneven, sampling or Sampling()
+        self.indices = np.arange(len(self.file)) if indices is None else checked_rows(indices, len(self.file))
+        self._epoch_order = self._order_of(self.indices, self._sampling)
         # (epoch, position in the order of all processes)
         self._next = (0, 0)  # that the next loop starts with
         self._state = (0, 0)  # of the first batch that has not been handed out
         self._closed = False
         self._current: weakref.ref[_Epoch] | None = None
 
-    def _pages(self) -> np.ndarray:
-        """(n,) int32, the page of the file that each of `indices` is on."""
-        return (self.file.offsets[self.indices] // self.file.page_size).astype(np.int32)
+    def _order_of(self, samples: np.ndarray, sampling: Sampling) -> EpochOrder:
+        """The order of `samples` (n,) int64 in each epoch; ConfigError where the settings do not work for them."""
+        pages = None
+        if self.order == "quasi_random":
+            pages = (self.file.offsets[samples] // self.file.page_size).astype(np.int32)
+        order = EpochOrder(
+            samples,
+            self.order,
+            self.seed,
+            pages,
+            self.rank,
+            self.world_size,
+            self._uneven,
+            count=sampling.epoch_samples,
+            draw=sampling.draw(self.file, samples, self.order),
+        )
+        if not len(order):
+            raise ConfigError(
+                f"{order.total} samples cannot be dealt to {self.world_size} processes; take uneven='pad'"
+            )
+        return order
 
     @property
     def needs_file(self) -> bool:
@@ -227,14 +236,15 @@ class EpochLoader(ABC):
         """Settings that must agree for a position to mean the same sample."""
         augment = self.augment  # without a flip its state is that of older versions
         strengths = augment and [augment.shift, augment.rotation, augment.scale, *[True] * augment.flip]
+        draw = self._epoch_order.draw
         return {
             "seed": self.seed,
             "order": self.order,
             "augment": strengths,
-            "samples": len(self.indices),
+            "samples": self._epoch_order.total,
             "indices": f"{zlib.crc32(self.indices.data):08x}",
             "file": self.file.fingerprint,
-        }
+        } | (draw.identity if draw else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next loop begins where `state` was taken; for a loop under way, see `set_epoch`.
@@ -251,7 +261,7 @@ class EpochLoader(ABC):
                     f"the loader's state was taken with {key} {state.get(key)}, this loader has {here}; "
                     f"open {self.file.path} with those settings, or start again"
                 )
-        epoch, position, samples = state.get("epoch"), state.get("position"), len(self.indices)
+        epoch, position, samples = state.get("epoch"), state.get("position"), self._epoch_order.total
         if not (type(epoch) is type(position) is int and epoch >= 0 and 0 <= position < samples):
             raise DataError(
                 f"the loader's state names sample {position} of epoch {epoch}; an epoch has {samples} samples"
@@ -272,7 +282,7 @@ class EpochLoader(ABC):
             "drop_last": self.drop_last,
             "rank": self.rank,
             "world_size": self.world_size,
-            "uneven": self._epoch_order.uneven,
+            "uneven": self._uneven,
             "indices": None if self._all else self.indices,
         }
 
@@ -380,22 +390,6 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises ConfigError, naming the allowed values, unless `value` is one of them."""
     if value not in allowed:
         raise ConfigError(f"{name} {value!r} is none of {', '.join(allowed)}")
-
-
-def _checked_indices(indices: Sequence[int] | np.ndarray | None, samples: int) -> np.ndarray:
-    """(n,) int64, a copy: the kernels rely on these checks."""
-    if indices is None:
-        return np.arange(samples)
-    chosen = np.array(indices)
-    if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
-        raise ConfigError(f"indices must be whole numbers, not {chosen.dtype}; for a mask use np.flatnonzero(mask)")
-    chosen = chosen.astype(np.int64)
-    if chosen.ndim != 1 or not len(chosen) or chosen.min() < 0 or chosen.max() >= samples:
-        raise ConfigError(
-            f"indices must be a list of at least one sample, each 0 to {samples - 1}; "
-            f"got shape {chosen.shape}, values {chosen.min(initial=0)} to {chosen.max(initial=0)}"
-        )
-    return chosen
 
 
 def _restored(

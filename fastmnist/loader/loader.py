@@ -6,14 +6,14 @@ An epoch's way: order -> plan (`_plan`) -> parts (`_parts`) -> memory -> batches
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from fastmnist.beton.reader import Beton, Verify
-from fastmnist.errors import ConfigError
+from fastmnist.errors import ConfigError, whole_number
 from fastmnist.loader.as_dataloader import LoaderBatchSampler, LoaderDataset, collate, positions_of, refuse_arguments
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.device import DeviceGatherer, Finish, PinnedCopier, PlainCopier
@@ -23,6 +23,7 @@ from fastmnist.loader.host import HostGatherer, Part, SampleCopy
 from fastmnist.loader.kernels import mend_array_types
 from fastmnist.loader.normalise import AnyMoments
 from fastmnist.loader.order import EpochOrder, EpochPlan, Kind, Uneven
+from fastmnist.loader.sampling import Numbers, OrderFunction, Rows, Sampling, checked_rows
 from fastmnist.loader.windows import WindowReader
 from fastmnist.loader_settings import OURS, checked_numbers
 from fastmnist.system.machine import available_memory, choose_device
@@ -58,7 +59,10 @@ class Loader(EpochLoader):
             sample's draw depends on (seed, epoch, sample) alone.
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
             "sequential"; "auto" is sequential without `shuffle`, quasi-random when a file larger than the available
-            memory is streamed, else random.
+            memory is streamed, else random. Or a function (epoch, generator) -> the numbers of the epoch's samples in
+            order: each of `indices` once, or `epoch_samples` of them in any number. It must depend on its arguments
+            alone: numpy's generator is seeded by (seed, epoch), each process calls it, and a state that resumes cannot
+            tell whether it is the same function.
         threads: that gather a batch on the host; 0 takes as many as pay, at most the cores there are.
         prefetch: batches on their way to a GPU ahead of the one that is handed out ("stream"). On a CPU a batch is
             gathered when it is asked for, in far less time than a step.
@@ -67,6 +71,13 @@ class Loader(EpochLoader):
             sample goes to one process, and all get equally many.
         uneven: when world_size does not divide the samples, "pad" repeats some, "drop" leaves some out.
         indices: (n,) the samples to iterate over; None takes all.
+        weights: (n,) one number for each of `indices` (of all samples without them), in their order: how often a sample
+            comes, in proportion. The draws too depend on (seed, epoch) alone, over all processes, and resume.
+        balanced: draw each class equally often, on average; within a class by `weights`.
+        replacement: with weights or `balanced`, whether a sample may come again in the same epoch. Otherwise each draw
+            is among the samples that are left.
+        epoch_samples: of all processes together; None takes as many as there are indices. Fewer, without weights, are
+            others in each epoch.
         verify: how the file is checked when it is opened here ("size" or "full").
 
     Yields:
@@ -120,14 +131,18 @@ class Loader(EpochLoader):
         dtype: torch.dtype = torch.uint8,
         moments: AnyMoments | None = None,
         augment: Augmentation | None = None,
-        order: Literal["auto"] | Kind = "auto",
+        order: Literal["auto"] | Kind | OrderFunction = "auto",
         threads: int = 0,
         prefetch: int = 3,
         drop_last: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
         uneven: Uneven = "pad",
-        indices: Sequence[int] | np.ndarray | None = None,
+        indices: Rows | None = None,
+        weights: Numbers | None = None,
+        balanced: bool = False,
+        replacement: bool = True,
+        epoch_samples: int | None = None,
         verify: Verify = "size",
         **other: Any,
     ) -> None:
@@ -140,6 +155,9 @@ class Loader(EpochLoader):
         threads, prefetch = checked_numbers(OURS, threads=threads, prefetch=prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
         file, target = data if isinstance(data, Beton) else Beton(data, verify), choose_device(device)
+        own = None
+        if callable(order):
+            own, order = order, "random"
         if placement == "auto":
             samples = len(file) if indices is None else np.size(indices)
             placement = _choose_placement(target, samples * file.image_size)
@@ -160,12 +178,17 @@ class Loader(EpochLoader):
             world_size=world_size,
             uneven=uneven,
             indices=indices,
+            sampling=Sampling(weights, balanced, replacement, epoch_samples, own),
         )
         self._owns_file = file is not data
         self.placement, self.threads, self.prefetch = placement, threads, prefetch
         self._page_reader = Helpers(1)
+        self._held: np.ndarray | None = None  # (N,) bool, samples that a resident copy has; None: all
+        if placement == "resident" and not self._all:
+            self._held = np.zeros(len(file), bool)
+            self._held[self.indices] = True
         self._planned: tuple[int, Task] | None = None  # the next epoch's plan, in the making
-        self._draws: tuple[int, np.ndarray] | None = None  # of an epoch's augmentation, for `gather`
+        self._draws: tuple[int, np.ndarray] | None = None  # of an epoch's augmentation, for `get`
         self._sampled_epoch = 0  # that `batch_sampler` began last
         self._data, self._offsets = file.data, file.offsets
         self._memory = self._make_memory()
@@ -196,7 +219,11 @@ class Loader(EpochLoader):
         return self.placement == "stream"
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {name: getattr(self, name) for name in OURS}
+        return (
+            super()._settings()
+            | {name: getattr(self, name) for name in OURS}
+            | {name: value for name, value in vars(self._sampling).items() if value is not None}
+        )
 
     def _plan(self, epoch: int, start: int = 0) -> EpochPlan:
         """The epoch's plan, unless it was made during the epoch before."""
@@ -209,7 +236,8 @@ class Loader(EpochLoader):
     def _plan_ahead(self, epoch: int) -> None:
         """Has a helper make that epoch's plan."""
         memory, needed = self._memory, self._planned is None or self._planned[0] != epoch
-        quick = self.order == "random" and len(self.indices) <= MOST_PLANNED_AHEAD
+        quick = self.order == "random" and self._sampling.order is None
+        quick = quick and max(len(self.indices), self._epoch_order.total) <= MOST_PLANNED_AHEAD
         if isinstance(memory, HostGatherer) and memory.helpers.count and needed and quick:
             task = memory.helpers.submit(_make_plan, self._epoch_order, self.augment, len(self.file), epoch)
             self._planned = epoch, task
@@ -263,19 +291,56 @@ class Loader(EpochLoader):
         for start in range(first * self.batch_size, len(positions), self.batch_size):
             yield positions[start : start + self.batch_size].tolist()
 
-    def gather(self, rows: np.ndarray) -> Batch:
-        """The samples `rows` (n,) int64 of the file, each one of `indices`, as a batch; augmented as of `dataset`."""
+    def get(self, indices: Rows, epoch: int = 0) -> Batch:
+        """The samples `indices` (n,), numbers in the file in any order, as a batch; augmented as in `epoch`.
+
+        Raises:
+            ConfigError: a number is outside the file, or of no sample that a resident loader copied.
+        """
         self._check_open()
+        rows = self._checked_rows(indices)
         if self.needs_file:
             self.file.check_unchanged()
-        draws, epoch = None, self._sampled_epoch
+        draws = None
         if self.augment is not None:
             if self._draws is None or self._draws[0] != epoch:
-                self._draws = epoch, self.augment.draw(len(self.file), self.seed, epoch)
+                self._draws = epoch, self.augment.draw(len(self.file), self.seed, whole_number("epoch", epoch))
             draws = self._draws[1][rows]
         part = Part(rows, draws, self._data, self._offsets, rows)
         images, labels = zip(*self._memory.batches(iter([part])), strict=True)
         return torch.cat(images), torch.cat(labels)
+
+    def set_indices(self, indices: Rows, weights: Numbers | None = None) -> None:
+        """Iterates over other samples from the next epoch on; the same in each process.
+
+        A loop that is under way keeps its batches, and no longer moves the loader's position.
+
+        Args:
+            indices: (n,) numbers in the file. weights: (n,) as of `Loader`.
+
+        Raises:
+            ConfigError: as of `Loader`; a resident loader has no copy of a sample; or the loader has weights, which
+                belong to its former indices, and gets no new ones. All stays as it was.
+        """
+        self._check_open()
+        rows = self._checked_rows(indices)
+        if weights is None and self._sampling.weights is not None:
+            raise ConfigError("the loader's weights belong to its former indices: give set_indices(indices, weights)")
+        sampling = self._sampling if weights is None else Sampling(**vars(self._sampling) | {"weights": weights})
+        self._epoch_order = self._order_of(rows, sampling)
+        self.indices, self._sampling, self._all, self._planned = rows, sampling, False, None
+        epoch, position = self._next
+        self.seek(epoch + (position > 0), 0)
+
+    def _checked_rows(self, indices: Rows) -> np.ndarray:
+        """(n,) int64, samples of the file that the loader can gather."""
+        rows = checked_rows(indices, len(self.file))
+        if self._held is not None and not self._held[rows].all():
+            raise ConfigError(
+                f"sample {rows[~self._held[rows]][0]} is not in the loader's memory: a resident loader copied the "
+                "indices that it began with; make it with all that it will need, or with placement='stream'"
+            )
+        return rows
 
     def close(self) -> None:
         self._memory.close()

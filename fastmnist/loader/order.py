@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,11 +25,11 @@ WINDOW_PAGES = 32  # shuffled together: 64 MB of the files that we write
 
 def random_bits(count: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     """(count,) uint64; the first n are the same for every count >= n."""
-    bits: np.ndarray = _generator(seed, epoch, stream).random_raw(count)
+    bits: np.ndarray = bit_generator(seed, epoch, stream).random_raw(count)
     return bits
 
 
-def _generator(seed: int, epoch: int, stream: int) -> np.random.Philox:
+def bit_generator(seed: int, epoch: int, stream: int) -> np.random.Philox:
     return np.random.Philox(np.random.SeedSequence([seed, epoch, stream]))
 
 
@@ -85,7 +85,7 @@ def quasi_random_order(
     ends = np.cumsum(counts[visited])
     starts = np.arange(0, len(distinct), window_pages)
     edges = [0, *ends[starts[1:] - 1].tolist(), len(order)]
-    generator = _generator(seed, epoch, ORDER_STREAM)
+    generator = bit_generator(seed, epoch, ORDER_STREAM)
     for start, end in pairwise(edges):
         _shuffle(order[start:end], generator.random_raw(end - start))
     visited += lowest
@@ -109,6 +109,17 @@ class EpochPlan(NamedTuple):
     draws: np.ndarray | None = None
 
 
+class Draw(Protocol):
+    """An epoch's rows of all processes, chosen another way than each of `samples` once."""
+
+    def __call__(self, samples: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """(count,) int64 of `samples` (n,), a pure function of the arguments."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a loader's state names it by."""
+
+
 @dataclass(frozen=True)
 class EpochOrder:
     """The order of `samples` in each epoch, and the share of one of several processes.
@@ -121,6 +132,8 @@ class EpochOrder:
             processes together takes what one process would take with a batch world_size times as large.
         uneven: when world_size does not divide n, "pad" repeats the first samples of the order, "drop" leaves out its
             last ones; all processes get the same number either way.
+        count: samples of an epoch over all processes, the first ones of its order; None takes all.
+        draw: chooses these `count` itself; takes the place of "random".
 
     >>> orders = [EpochOrder(np.arange(5), "random", seed=0, rank=rank, world_size=2) for rank in range(2)]
     >>> [len(order) for order in orders]
@@ -136,10 +149,17 @@ class EpochOrder:
     rank: int = 0
     world_size: int = 1
     uneven: Uneven = "pad"
+    count: int | None = None
+    draw: Draw | None = None
+
+    @property
+    def total(self) -> int:
+        """Samples of all processes in each epoch."""
+        return len(self.samples) if self.count is None else self.count
 
     def __len__(self) -> int:
         """Samples of this process in each epoch."""
-        full, rest = divmod(len(self.samples), self.world_size)
+        full, rest = divmod(self.total, self.world_size)
         return full + (rest > 0 and self.uneven == "pad")
 
     def plan(self, epoch: int, start: int = 0) -> EpochPlan:
@@ -147,10 +167,14 @@ class EpochOrder:
         if self.kind == "quasi_random":
             assert self.pages is not None
             places, windows = quasi_random_order(self.pages, self.seed, epoch, WINDOW_PAGES)
-            shared = self._share(places, start)
+            windows = [window for window in windows if window.start < self.total]
+            shared = self._share(places[: self.count], start)
             return EpochPlan(epoch, self.samples[shared], self._share_of_windows(shared, windows, start))
-        rows = epoch_order(self.samples, self.seed, epoch) if self.kind == "random" else self.samples.copy()
-        return EpochPlan(epoch, self._share(rows, start))
+        if self.kind == "sequential":
+            rows = self.samples.copy()
+        else:
+            rows = (self.draw or epoch_order)(self.samples, self.seed, epoch)
+        return EpochPlan(epoch, self._share(rows[: self.count], start))
 
     def _share(self, order: np.ndarray, start: int) -> np.ndarray:
         """This process's part of the order of all, dealt out from position `start` on."""
@@ -164,7 +188,7 @@ class EpochOrder:
             return windows
         assert self.pages is not None
         moved = [Window(self._count_before(window.start - start), window.pages) for window in windows]
-        padding = self._count_before(len(self.samples) - start)
+        padding = self._count_before(self.total - start)
         if padding < len(shared):  # padded with the order's first samples
             moved.append(Window(padding, np.unique(self.pages[shared[padding:]])))
         return moved
@@ -176,7 +200,7 @@ class EpochOrder:
 
 def sample_uniforms(count: int, seed: int, epoch: int, draws: int, stream: int = AUGMENT_STREAM) -> np.ndarray:
     """(count, draws) float32 in [0, 1): row i belongs to the sample of index i, whatever `count` is."""
-    generator = _generator(seed, epoch, stream)
+    generator = bit_generator(seed, epoch, stream)
     uniforms = np.empty(count * draws, np.float32)
     for start in range(0, len(uniforms), BLOCK):
         block = uniforms[start : start + BLOCK]

@@ -17,13 +17,13 @@ def path(tmp_path, write_small_beton) -> Path:
 ALL_PATHS = """
     import contextlib, json, sys
     import torch
-    from fastmnist.loader import kernels, order, warp
+    from fastmnist.loader import kernels, order, sampling, warp
     from fastmnist.loader.augment import Augmentation
     from fastmnist.loader.loader import Loader
 
     functions = {
         name: function
-        for module in (kernels, order, warp)
+        for module in (kernels, order, sampling, warp)
         for name, function in vars(module).items()
         if hasattr(function, "signatures")
     }
@@ -34,7 +34,7 @@ ALL_PATHS = """
 
     for dtype in (torch.uint8, torch.float32, torch.bfloat16):
         epochs(32, dtype=dtype)
-    epochs(32, dtype=torch.float32, augment=Augmentation(1.0))
+    epochs(32, dtype=torch.float32, augment=Augmentation(1.0), weights=range(300))
     before = {name: list(function.signatures) for name, function in functions.items()}
     for batch_size in (1, 7, 300, 1000):
         for dtype in (torch.uint8, torch.float32, torch.float16):
@@ -42,6 +42,7 @@ ALL_PATHS = """
                 for more in ({}, {"shuffle": False}, {"indices": range(50)}, {"rank": 1, "world_size": 3}):
                     epochs(batch_size, dtype=dtype, placement=placement, **more)
         epochs(batch_size, dtype=torch.float32, augment=Augmentation(1.0), order="quasi_random", threads=2)
+        epochs(batch_size, weights=torch.ones(300), epoch_samples=10)
     assert before == {name: list(function.signatures) for name, function in functions.items()}
     print(json.dumps({n: [len(f.signatures), sum(f.stats.cache_misses.values())] for n, f in functions.items()}))
 """
