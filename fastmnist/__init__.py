@@ -28,6 +28,7 @@ _MODULES = {
     "train": "fastmnist.runs.train",
     "tune": "fastmnist.measure.tune",
     "tune_loader": "fastmnist.measure.tune",
+    "watch": "fastmnist.measure.watch",
     "write_beton": "fastmnist.beton.writer",
 }
 __all__ = [*_MODULES, "__version__"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -329,6 +330,12 @@ def test_doctor_and_tuner_train_a_copy(capsys: pytest.CaptureFixture[str]) -> No
     assert names["best"].settings["num_workers"] in (0, 1)
     fresh = names["copy"].deepcopy(names["model"])
     assert any(not torch.equal(*pair) for pair in zip(fresh.parameters(), names["trial"].parameters(), strict=True))
+
+
+def test_a_run_is_watched(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(sections("tuning.md")["Over a whole run"], names := {})
+    assert capsys.readouterr().out.splitlines()[0] == names["watched"].verdict
+    assert json.loads(Path("watch.json").read_text())["steps"] == 400
 
 
 def test_the_table_answers_each_argument() -> None:

@@ -74,6 +74,9 @@ def verify_command(options: Any) -> int:
 def train_parser() -> Parser:
     parser = new_parser("Train a model: compile the data if needed, train, evaluate, draw, write the run's folder.")
     parser.add_argument("--resume", type=Optional[str], metavar="DIR", help="Continue the stopped run in DIR.")
+    parser.add_argument(
+        "--watch", action="store_true", help="Measure each step: watch.json and watch.png say what limits the run."
+    )
     add_run_flags(parser)
     return parser
 
@@ -85,16 +88,16 @@ def train_command(options: Any) -> int:
     from fastmnist.training.run_folder import continues
 
     if options.resume is not None:
-        result = resume(options.resume, given_settings(options), started=options.started)
+        result = resume(options.resume, given_settings(options), started=options.started, watch=options.watch)
     elif continues(options.out):
         given = {name: value for name, value in given_settings(options).items() if name not in FOLDERS}
-        result = resume(options.out, given, started=options.started)
+        result = resume(options.out, given, started=options.started, watch=options.watch)
     else:
         config, preset = configure(options)
         reporter = Reporter(config.quiet, silent=rank() > 0)
         if preset != "none":
             reporter.say(f"preset {preset} (--preset none turns it off, any flag overrides it)")
-        result = train(config, reporter=reporter, started=options.started)
+        result = train(config, reporter=reporter, started=options.started, watch=options.watch)
     if rank():
         return 0
     write_json(options.json, result.summary | {"folder": str(result.folder)})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
-from fastmnist.errors import DataError
+from fastmnist.errors import ConfigError, DataError
 
 _END = object()
 
@@ -54,6 +55,45 @@ class Epochs:
     def end_epoch(self) -> None:
         """Drops the iterator, and with it its workers; the next batch is an epoch's first."""
         self._batches = iter(())
+
+
+def step_of_batch(step: Callable[..., Any]) -> Callable[[Any], Any]:
+    """`step(batch)`, of a step that takes the batch, or images and labels apart.
+
+    >>> step_of_batch(lambda images, labels: images + labels)([1, 2])
+    3
+
+    Raises:
+        ConfigError: it takes neither; also, at the call, if it takes two and the batch is no pair.
+    """
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # some functions in C have none
+        return step
+    if _takes(signature, 1):
+        return step
+    if not _takes(signature, 2):
+        name = getattr(step, "__name__", type(step).__name__)
+        raise ConfigError(f"{name}{signature}: expected a step(batch) or a step(images, labels)")
+
+    def of_pair(batch: Any) -> Any:
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            size = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+            raise ConfigError(
+                f"step{signature} takes images and labels, but the loader yields a {type(batch).__name__}{size}; "
+                "expected a step(batch)"
+            )
+        return step(*batch)
+
+    return of_pair
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:

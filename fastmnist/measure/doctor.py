@@ -12,7 +12,7 @@ import torch
 
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
-from fastmnist.measure.batches import BatchCount, Epochs, kept, length_of, tensors_of, with_tensors
+from fastmnist.measure.batches import BatchCount, Epochs, kept, length_of, step_of_batch, tensors_of, with_tensors
 from fastmnist.measure.step import fixed_batch_seconds, training_setup
 from fastmnist.system.machine import choose_device, limit_periods, synchronize
 from fastmnist.system.numbers import milliseconds, rough_percent
@@ -152,7 +152,7 @@ class Diagnosis:
 
 def doctor(
     loader: Iterable[Any],
-    step: Callable[[Any], Any],
+    step: Callable[..., Any],
     *,
     seconds: float = 6.0,
     device: str | torch.device | None = None,
@@ -173,18 +173,19 @@ def doctor(
     Args:
         loader: batches as tensors, or tuples, lists and dicts of them; each `for` loop over it is an epoch. The length
             of a batch's last tensor is its number of images; without one, there are no images per second.
-        step: one training step with a batch as the loader yields it.
+        step: one training step: step(batch), a batch as the loader yields it, or step(images, labels).
         seconds: about, after the warm-up.
         device: of the model; None takes the GPU that the batches are on, else the GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: `seconds` are not above 0, or far too few for three turns; there is no such device.
+        ConfigError: `seconds` are not above 0, or far too few for three turns; there is no such device; `step` takes
+            neither a batch nor images and labels.
         DataError: the loader yields nothing, or nothing the second time (a generator: pass a list or a DataLoader).
         Exception: any error of `loader` or `step`, unchanged.
     """
     if not 0 < seconds < math.inf:
         raise ConfigError(f"seconds {seconds}: must be more than 0")
-    evidence = _Examination(loader, step, device).examine(seconds)
+    evidence = _Examination(loader, step_of_batch(step), device).examine(seconds)
     return Diagnosis(*judge(evidence, "fastmnist.tune_loader"), evidence)
 
 

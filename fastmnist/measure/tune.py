@@ -18,6 +18,7 @@ from fastmnist.config import TrainConfig, unused
 from fastmnist.errors import ConfigError
 from fastmnist.files import write_bytes
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
+from fastmnist.measure.batches import step_of_batch
 from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Settings, combinations, describe
 from fastmnist.measure.step import TrainingSetup, training_setup
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
@@ -93,7 +94,7 @@ class Tuning:
 def tune_loader(
     make: Callable[..., Iterable[Any]],
     space: Mapping[str, Sequence[Any]],
-    step: Callable[[Any], Any] | None = None,
+    step: Callable[..., Any] | None = None,
     *,
     budget: float = 30.0,
     max_memory: int | None = None,
@@ -110,8 +111,8 @@ def tune_loader(
         make: `make(**settings)` returns a loader that can be iterated over repeatedly. It is closed by its `close`, if
             it has one.
         space: the values of each setting, the simplest first: {"num_workers": [0, 1, 2, 4], "prefetch_factor": [2, 4]}.
-        step: one training step with a batch as the loader yields it; None measures the loader alone. It changes the
-            weights: train a copy of your model (copy.deepcopy).
+        step: one training step: step(batch), a batch as the loader yields it, or step(images, labels); None measures
+            the loader alone. It changes the weights: train a copy of your model (copy.deepcopy).
         budget: seconds in all; two settings are compared however long that takes.
         max_memory: bytes that loaders open at the same time may take; settings that take more are left out.
         ahead: batches that a loader with these settings may have ready; they are used up before a turn is timed. By
@@ -120,7 +121,8 @@ def tune_loader(
             measured once.
 
     Raises:
-        ConfigError: the budget is below a second, or there is nothing to choose from.
+        ConfigError: the budget is below a second, there is nothing to choose from, or `step` takes neither a batch nor
+            images and labels.
         FastmnistError: no settings work; the first error is its cause.
     """
     if not space or not all(len(values) for values in space.values()):
@@ -129,7 +131,7 @@ def tune_loader(
     halving = Halving(
         combinations(space, same_as),
         lambda settings: make(**settings),
-        step,
+        None if step is None else step_of_batch(step),
         budget,
         max_memory=max_memory,
         ahead=ahead or _ahead,

@@ -29,6 +29,11 @@ CAPTIONS = {
         "Lower is better in the upper two panels. Training figures are means over each epoch, on augmented images and "
         "with label smoothing, so they lie above validation; a validation curve that rises is a sign of overfitting.",
     ),
+    "watch": (
+        "Where the time went",
+        "Timeline of a step's waiting and computing, with the longest stalls, and of the memory below",
+        "Each step waits for its batch, then computes. Memory that rises to the end will be full one day.",
+    ),
     "confusion": (
         "Which classes are mixed up",
         "Confusion matrix, true classes in rows and predicted ones in columns",

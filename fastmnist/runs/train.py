@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from fastmnist.config import TrainConfig, checked_settings, flag, without_unused
 from fastmnist.errors import ConfigError, DataError, FastmnistError
 from fastmnist.loader.loader import Loader
+from fastmnist.measure.watch import Watch
 from fastmnist.runs.tensorboard import summary_writer, tensorboard_events
 from fastmnist.system.environment import hardware, tuned_on, versions
 from fastmnist.system.interrupt import stop_on_ctrl_c
@@ -38,23 +40,6 @@ from fastmnist.training.run_folder import CONFIG, RunFolder
 from fastmnist.training.session import Session
 
 
-@dataclass
-class Clocks:
-    """Seconds of each part of a run, and when it started."""
-
-    compile: float = 0.0
-    evaluate: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - begun)
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """The run's folder and the content of its summary.json."""
@@ -67,7 +52,9 @@ class TrainResult:
         return bool(self.summary["interrupted"])
 
 
-def train(config: TrainConfig, *, reporter: Reporter | None = None, started: float | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, reporter: Reporter | None = None, started: float | None = None, watch: bool = False
+) -> TrainResult:
     """Prepares the data where needed, trains, evaluates on the test set once, draws, and writes the run's folder.
 
     >>> config = TrainConfig(dataset="digits", model="small-cnn", epochs=1, out="run", cache_dir="cache", quiet=True)
@@ -81,12 +68,13 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None, started: flo
         config: all settings.
         reporter: shows progress; by default on standard output.
         started: time.perf_counter() at the start of the total clock; by default now.
+        watch: measure each step; the folder gets watch.json and watch.png.
 
     Raises:
         FastmnistError: bad data, a setting that cannot work, a loss that is no longer finite, a folder or disk that
             cannot be written. Ctrl-C does not raise: it ends the run with `interrupted` in the summary.
     """
-    return _Run(config, reporter or Reporter(config.quiet, silent=rank() > 0), started).execute()
+    return _Run(config, reporter or Reporter(config.quiet, silent=rank() > 0), started, watch=watch).execute()
 
 
 def resume(
@@ -95,6 +83,7 @@ def resume(
     *,
     reporter: Reporter | None = None,
     started: float | None = None,
+    watch: bool = False,
 ) -> TrainResult:
     """Resumes a run that was stopped, at its exact next batch.
 
@@ -115,7 +104,8 @@ def resume(
     try:
         # The first process reads: others may be on machines that do not have the folder.
         config, state = broadcast(_read_stopped(run, given or {}) if run.writes else None)
-        return _Run(config, reporter or Reporter(config.quiet, silent=rank() > 0), started, (run, state)).execute()
+        reporter = reporter or Reporter(config.quiet, silent=rank() > 0)
+        return _Run(config, reporter, started, (run, state), watch).execute()
     finally:
         run.release()
 
@@ -163,9 +153,12 @@ class _Run:
         reporter: Reporter,
         started: float | None,
         resumed: tuple[RunFolder, dict[str, Any]] | None = None,
+        watch: bool = False,
     ) -> None:
         self.config, self.reporter, self.resumed = config, reporter, resumed
-        self.clocks = Clocks() if started is None else Clocks(started=started)
+        self.watch = Watch(()) if watch else None  # its chunks come from the trainer
+        self.started = time.perf_counter() if started is None else started
+        self.clocks = {"compile": 0.0, "evaluate": 0.0}  # seconds
 
     def execute(self) -> TrainResult:
         if self.config.tensorboard:
@@ -179,6 +172,8 @@ class _Run:
         session, resumed = self.session, self.resumed
         self.config, self.files = session.config, session.files
         self.loaders, self.trainer = session.loaders, session.trainer
+        if self.watch is not None:
+            self.trainer.watched = partial(self.watch.over, steps=self.trainer.chunk)
         self._compare_with_tuning()
         self.card = self._make_card()
         self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
@@ -202,6 +197,14 @@ class _Run:
             raise
         finally:
             self.folder.release()
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clocks[name] += time.perf_counter() - begun
 
     def _choose_precision(self, device: torch.device) -> Precision:
         """A resumed run keeps its precision, whatever "auto" would choose on this device."""
@@ -268,7 +271,7 @@ class _Run:
 
     def _set_up_compile(self) -> None:
         """Sets up how steps run, outside the training clock."""
-        with self.clocks.measure("compile"):
+        with self._clock("compile"):
             self.compile_mode, self.compile_reason = self.session.set_up()
         self.reporter.say(f"compile {self.compile_mode}: {self.compile_reason}")
 
@@ -291,7 +294,7 @@ class _Run:
                 save_checkpoint(self.folder.path, self.config.to_dict(), self._state(), self.folder.check)
                 save_weights(self.folder.path, self.trainer.model, self.card)
                 self._draw(evaluation, summary)
-            summary["total_seconds"] = time.perf_counter() - self.clocks.started
+            summary["total_seconds"] = time.perf_counter() - self.started
             self.folder.write_summary(summary)
         self._conclude(summary)
         return TrainResult(self.folder.path, summary)
@@ -320,6 +323,8 @@ class _Run:
     def _keep_state(self) -> None:
         if self.folder.writes and self.checkpoints.due():
             self.folder.check()
+            if self.watch is not None:
+                self.watch.mark("checkpoint")
             self.checkpoints.begin(self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -358,7 +363,7 @@ class _Run:
                     self.events.add_scalar(prefix + name, value, record["step"])
 
     def _evaluate(self, loader: Loader, stop: Callable[[], bool]) -> Evaluation:
-        with self.clocks.measure("evaluate"):
+        with self._clock("evaluate"):
             return self.session.evaluate(loader, stop=stop)
 
     def _summary(self, evaluation: Evaluation | None) -> dict[str, Any]:
@@ -369,10 +374,10 @@ class _Run:
             "val_accuracy": validated[-1] if validated else None,
             "test_loss": evaluation and evaluation.loss,
             "train_seconds": trainer.seconds,
-            "compile_seconds": self.clocks.compile,
+            "compile_seconds": self.clocks["compile"],
             "data_seconds": self.session.data_seconds,
-            "evaluate_seconds": self.clocks.evaluate,
-            "total_seconds": time.perf_counter() - self.clocks.started,
+            "evaluate_seconds": self.clocks["evaluate"],
+            "total_seconds": time.perf_counter() - self.started,
             "images_per_second": trainer.images_per_second,
             "images_per_second_per_process": trainer.images_per_second / world_size(),
             "world_size": world_size(),
@@ -411,6 +416,11 @@ class _Run:
         if self.records:
             pictures["curves"] = folder / "curves.png"
             plot_curves(self.records, pictures["curves"])
+        if self.watch is not None and self.watch.counted:
+            pictures["watch"] = folder / "watch.png"
+            self.watch.save(folder / "watch.json")
+            self.watch.save(pictures["watch"])
+            self.reporter.result(self.watch.verdict)
         if evaluation is not None:
             pictures |= {name: folder / f"{name}.png" for name in ("confusion", "predictions")}
             subject = f"{summary['dataset']}, {len(self.files.test):,} test images"

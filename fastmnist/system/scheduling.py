@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from joblib import cpu_count
 
 from fastmnist.system.machine import physical_cores
 from fastmnist.system.statistics import Summary
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 PROCESSES = Path("/proc")
 NANOSECONDS = 1e-9
@@ -160,6 +166,33 @@ class Host:
             f"Threads wait for a core in about {100 * self.lost.median:.0f} % of each step: they want "
             f"{self.use.cores_wanted:.1f} cores and get {self.use.cores_got:.1f} of {self.cores}; {remedy}"
         )
+
+
+class ResourceUse(NamedTuple):
+    """What all threads of this process used.
+
+    Attributes:
+        ran, in_system: seconds on a core, and of these in the kernel.
+        minor_faults, major_faults: pages of memory that were new to the process, and that were read from a disk.
+        switches: times that a thread had to leave its core to another one.
+    """
+
+    ran: float = 0.0
+    in_system: float = 0.0
+    minor_faults: float = 0
+    major_faults: float = 0
+    switches: float = 0
+
+    def since(self, before: ResourceUse) -> list[float]:
+        return [now - then for now, then in zip(self, before, strict=True)]
+
+
+def resources() -> ResourceUse:
+    """What this process has used so far; zeros where the system does not count it (Windows)."""
+    if resource is None:
+        return ResourceUse()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return ResourceUse(used.ru_utime + used.ru_stime, used.ru_stime, used.ru_minflt, used.ru_majflt, used.ru_nivcsw)
 
 
 def thread_times() -> ThreadTimes | None:

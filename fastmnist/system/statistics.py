@@ -57,6 +57,32 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(len(array), *map(float, (np.median(array), low, high, array.min(), array.max())))
 
 
+class LogHistogram:
+    """Quantiles of any number of seconds in constant memory, within 1.1 % from 1 µs to an hour.
+
+    A DDSketch with fixed buckets, 32 to an octave (C. Masson et al.: "DDSketch", VLDB 2019).
+    """
+
+    PER_OCTAVE, LOWEST, OCTAVES = 32, -20, 32
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(self.PER_OCTAVE * self.OCTAVES, np.int64)
+
+    def add(self, values: np.ndarray, count: int = 1) -> None:
+        """Counts each of `values` so many times."""
+        octaves = np.log2(np.maximum(values, 2.0**self.LOWEST)) - self.LOWEST
+        places = np.minimum((octaves * self.PER_OCTAVE).astype(np.int64), len(self.counts) - 1)
+        self.counts += count * np.bincount(places, minlength=len(self.counts))
+
+    def quantiles(self, *shares: float) -> list[float]:
+        """The values below which these shares lie, each in the middle of its bucket; 0.0 of no values."""
+        sums = np.cumsum(self.counts)
+        if not sums[-1]:
+            return [0.0] * len(shares)
+        places = np.searchsorted(sums, np.asarray(shares) * sums[-1])
+        return [float(2 ** ((place + 0.5) / self.PER_OCTAVE + self.LOWEST)) for place in places]
+
+
 def in_turns(
     contenders: Mapping[Name, Callable[[], float]],
     turns: int,

@@ -49,6 +49,7 @@ class Trainer:
         chunk: number of batches that are prepared together.
         compute: prepared (images, labels) to (mean loss, number of right answers): `forward`, or its compiled form.
         graph: the whole step as one CUDA graph, once it is recorded.
+        watched: what an epoch's chunks of batches pass through.
     """
 
     def __init__(self, model: nn.Module, loader: EpochLoader, config: TrainConfig, precision: Precision) -> None:
@@ -76,8 +77,8 @@ class Trainer:
         self._targets = torch.eye(classes, device=self.device) * (1 - smoothing) + smoothing / classes
         self.compute: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.forward
         self.graph: StepGraph | None = None
-        self.step = 0
-        self.seconds = 0.0
+        self.watched: Callable[[Iterable[Any]], Iterable[Any]] = iter
+        self.step, self.seconds = 0, 0.0
         self._losses = torch.zeros(len(loader), device=self.device)
         self._right = torch.zeros(len(loader), device=self.device)
         self._loaded: tuple[torch.Tensor, torch.Tensor, int]  # images, labels, place of the first batch
@@ -331,7 +332,7 @@ class Trainer:
     def _train(self, epoch: int, first: int) -> Iterator[int]:
         """Trains on the batches of an epoch from number `first` on; yields after each how many are done."""
         batches, size, transforms = self.batches_of(epoch), self.loader.batch_size, self._cached_transforms(epoch)
-        for images, labels, rows in self.loader.chunks(self.chunk):
+        for images, labels, rows in self.watched(self.loader.chunks(self.chunk)):
             chosen = None if transforms is None else transforms.index_select(0, rows)
             self.load(images, labels, chosen, first)
             end = min(first + len(labels) // size, batches)

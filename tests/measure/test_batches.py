@@ -1,12 +1,13 @@
 """Batches of any loader: any structure of tensors, and epochs without an end."""
 
 from collections import OrderedDict, namedtuple
+from functools import partial
 
 import pytest
 import torch
 
-from fastmnist.errors import DataError
-from fastmnist.measure.batches import BatchCount, Epochs, length_of, with_tensors
+from fastmnist.errors import ConfigError, DataError
+from fastmnist.measure.batches import BatchCount, Epochs, length_of, step_of_batch, with_tensors
 
 Pair = namedtuple("Pair", "images labels")
 
@@ -60,3 +61,44 @@ def test_a_partial_batch_counts_as_its_share():
         for size in (8, 8, 2):
             count.add(torch.zeros(size))
     assert (whole.batches, single.batches) == (2.25, 3)
+
+
+class Trainer:
+    def __call__(self, images, labels):
+        return images, labels
+
+    def step(self, batch):
+        return tuple(batch)
+
+
+def of_pair(images, labels, *, scale=1):
+    return images, labels
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        of_pair,
+        Trainer(),
+        Trainer().step,
+        partial(of_pair, scale=2),
+        lambda batch, scale=1: batch,
+        lambda *batch: batch[0],
+        tuple,
+    ],
+)
+@pytest.mark.parametrize("kind", [tuple, Pair._make])
+def test_a_step_takes_a_batch_or_images_and_labels(step, kind):
+    assert step_of_batch(step)(kind((1, 2))) == (1, 2)
+
+
+@pytest.mark.parametrize("step", [lambda: None, lambda a, b, c: None, lambda *, batch: None, partial(of_pair, 1, 2)])
+def test_a_step_that_takes_neither(step):
+    with pytest.raises(ConfigError, match=r"step\(batch\) or a step\(images, labels\)"):
+        step_of_batch(step)
+
+
+@pytest.mark.parametrize("batch", [[1, 2, 3], {"images": 1, "labels": 2}, torch.zeros(2), None])
+def test_a_batch_that_is_no_pair(batch):
+    with pytest.raises(ConfigError, match=type(batch).__name__):
+        step_of_batch(of_pair)(batch)

@@ -131,6 +131,9 @@ def test_a_slow_model(clock):
     assert found.evidence.batch_images == BATCH
     rates = found.evidence.images_per_second
     assert rates["loader"] > rates["real"] > 0.2 * BATCH / PAUSE
+    of_pair = doctor(batches(), lambda images, labels: clock.sleep(PAUSE), seconds=1, device="cpu")
+    assert of_pair.kind == "model"
+    assert of_pair.evidence.gain.median == pytest.approx(found.evidence.gain.median, rel=0.01)
 
 
 def test_a_slow_loader_and_a_slow_model_share_the_step(clock):

@@ -135,10 +135,17 @@ def test_a_run_leaves_what_the_design_names(learned: tuple[TrainResult, list[str
     assert f"{summary['test_accuracy']:.2%}" in printed[0]
 
 
-def test_config_yaml_runs_again_to_the_same_bits(whole: TrainResult, tmp_path: Path) -> None:
+def test_config_yaml_runs_again_to_the_same_bits_watched_or_not(
+    whole: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     again = tmp_path / "again"
-    assert main(["train", "--config", str(whole.folder / "config.yaml"), "--out", str(again)]) == 0
+    assert main(["train", "--config", str(whole.folder / "config.yaml"), "--out", str(again), "--watch"]) == 0
     assert same_weights(whole.folder, again)
+    watched = json.loads((again / "watch.json").read_text())
+    assert (watched["steps"], watched["epochs"]) == (40, 2)
+    assert watched["verdict"] in capsys.readouterr().out
+    assert "watch" in (again / "report.html").read_text()
+    assert sorted(path.name for path in again.iterdir()) == sorted([*FILES, "watch.json", "watch.png"])
     accuracies = [
         json.loads((folder / "summary.json").read_text())["test_accuracy"] for folder in (whole.folder, again)
     ]

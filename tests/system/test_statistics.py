@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmnist.system.environment import commit, describe_hardware
-from fastmnist.system.statistics import LEAST_FOR_INTERVAL, in_turns, ratios, row, summarise
+from fastmnist.system.statistics import LEAST_FOR_INTERVAL, LogHistogram, in_turns, ratios, row, summarise
 
 VALUES = st.lists(st.floats(1e-9, 1e12), min_size=1, max_size=60)
 
@@ -97,3 +97,21 @@ def test_hardware_in_one_line():
 def test_the_commit_is_that_of_a_checkout_or_unknown():
     found = commit()
     assert found is None or 12 <= len(found) <= 41
+
+
+@given(st.lists(st.floats(1e-6, 4000), min_size=1, max_size=60), st.floats(0.01, 1), st.integers(1, 5))
+def test_a_histograms_quantiles_are_numpys_within_its_buckets(values, share, count):
+    found = LogHistogram()
+    found.add(np.array(values[:1]), count)
+    found.add(np.array(values[1:]), count)
+    exact = np.quantile(np.repeat(values, count), share, method="inverted_cdf")
+    assert found.quantiles(share) == [pytest.approx(exact, rel=0.012)]
+
+
+def test_a_histogram_of_nothing_and_of_zeros():
+    found = LogHistogram()
+    assert found.quantiles(0.5, 0.9) == [0.0, 0.0]
+    found.add(np.array([0.0, 1e9]))
+    low, high = found.quantiles(0.5, 1)
+    assert low < 1e-6
+    assert high > 4000
