@@ -170,8 +170,12 @@ class _Run:
 
     def _execute(self) -> TrainResult:
         session, resumed = self.session, self.resumed
-        self.config, self.files = session.config, session.files
-        self.loaders, self.trainer = session.loaders, session.trainer
+        self.config, self.files, self.loaders, self.trainer = (
+            session.config,
+            session.files,
+            session.loaders,
+            session.trainer,
+        )
         if self.watch is not None:
             self.trainer.watched = partial(self.watch.over, steps=self.trainer.chunk)
         self._compare_with_tuning()
@@ -302,8 +306,7 @@ class _Run:
     def _epochs(self, stop: Callable[[], bool]) -> bool:
         """Trains the remaining epochs; False when the user stopped."""
         trainer = self.trainer
-        finished = trainer.finished_epoch
-        if finished is not None and not self._has_record(finished):  # its validation was interrupted
+        if (finished := trainer.finished_epoch) is not None and not self._has_record(finished):  # it was interrupted
             self._finish_epoch(trainer.epoch_record(finished), stop)
         with self.reporter.training(len(trainer.rates), trainer.step, self.config.batch_size):
             while trainer.step < trainer.steps:

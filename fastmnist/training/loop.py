@@ -48,8 +48,7 @@ class Trainer:
         batch_size: images of a step, in all processes together.
         chunk: number of batches that are prepared together.
         compute: prepared (images, labels) to (mean loss, number of right answers): `forward`, or its compiled form.
-        graph: the whole step as one CUDA graph, once it is recorded.
-        watched: what an epoch's chunks of batches pass through.
+        graph: the whole step as one CUDA graph, once it is recorded. watched: what an epoch's chunks pass through.
     """
 
     def __init__(self, model: nn.Module, loader: EpochLoader, config: TrainConfig, precision: Precision) -> None:
