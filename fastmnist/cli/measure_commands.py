@@ -73,17 +73,32 @@ def bench_command(options: Any) -> int:
 def doctor_parser() -> Parser:
     parser = new_parser("Diagnose a training run: does the model wait for data, and what would a faster loader gain.")
     parser.add_argument("--seconds", type=float, default=6.0, help="Seconds to measure.")
+    parser.add_argument(
+        "--compare",
+        type=str,
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="Measure nothing: tell what changed beyond noise between two files of --json, or two of train --watch.",
+    )
     add_run_flags(parser)
     return parser
 
 
 def doctor_command(options: Any) -> int:
+    from fastmnist.measure.changes import compare_files
     from fastmnist.measure.doctor import diagnose_training
     from fastmnist.measure.straggler import Comparison, Step
     from fastmnist.system.processes import gather, rank
     from fastmnist.system.progress import Reporter
 
     reporter = Reporter(options.quiet, silent=rank() > 0)
+    if options.compare:
+        changes = compare_files(*options.compare)
+        reporter.result(changes.verdict())
+        for line in changes.lines():
+            reporter.say(line)
+        write_json(options.json, changes.to_dict())
+        return 0
     result = diagnose_training(configure(options)[0], options.seconds, reporter)
     reporter.result(result.verdict)
     steps = gather(Step.of(result.evidence))

@@ -92,8 +92,7 @@ def resume(
         given: settings that must agree with the run's.
 
     Raises:
-        FastmnistError: as `train`; also when the run is complete, another process is writing it, or its data or its
-            settings have changed.
+        FastmnistError: as `train`; the run is complete, another process writes it, or its data or settings changed.
     """
     run = RunFolder(Path(folder), writes=not rank())
     if run.writes and any((run.path / name).exists() for name in (CONFIG, CHECKPOINT)):
@@ -156,8 +155,8 @@ class _Run:
         watch: bool = False,
     ) -> None:
         self.config, self.reporter, self.resumed = config, reporter, resumed
-        self.watch = Watch(()) if watch else None  # its chunks come from the trainer
-        self.started = time.perf_counter() if started is None else started
+        self.watch = Watch(()) if watch else None  # the trainer has the chunks
+        self.started = started or time.perf_counter()
         self.clocks = {"compile": 0.0, "evaluate": 0.0}  # seconds
 
     def execute(self) -> TrainResult:
@@ -170,12 +169,8 @@ class _Run:
 
     def _execute(self) -> TrainResult:
         session, resumed = self.session, self.resumed
-        self.config, self.files, self.loaders, self.trainer = (
-            session.config,
-            session.files,
-            session.loaders,
-            session.trainer,
-        )
+        self.config, self.files = session.config, session.files
+        self.loaders, self.trainer = session.loaders, session.trainer
         if self.watch is not None:
             self.trainer.watched = partial(self.watch.over, steps=self.trainer.chunk)
         self._compare_with_tuning()

@@ -20,6 +20,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.measure import batches as batches_module
 from fastmnist.measure import doctor as module
 from fastmnist.measure import step as step_module
+from fastmnist.measure.changes import compare
 from fastmnist.measure.doctor import Diagnosis, Evidence, diagnose_training, doctor, judge
 from fastmnist.system import scheduling, statistics
 from fastmnist.system.progress import Reporter
@@ -108,6 +109,7 @@ def check(found):
     assert all(0 <= share <= 1 for share in evidence.shares.values())
     assert "\n" not in found.verdict
     assert all(note in found.lines() for note in evidence.notes)
+    assert not any(change.beyond_noise for change in compare(plain, plain).changes)
     return found
 
 

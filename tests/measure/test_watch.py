@@ -15,6 +15,7 @@ import torch
 import fastmnist
 from fastmnist.errors import ConfigError
 from fastmnist.measure import watch as module
+from fastmnist.measure.changes import compare
 from fastmnist.measure.watched import Bin, Stall, Trend
 from fastmnist.system import scheduling
 from fastmnist.system.scheduling import ResourceUse
@@ -90,6 +91,7 @@ def watched(system, count=2000, waiting=lambda number: 1e-4, computing=lambda nu
     plain = json.loads(json.dumps(watch.to_dict()))
     assert (plain["kind"], plain["verdict"]) == (found.kind, found.verdict)
     assert "\n" not in found.verdict
+    assert not any(change.beyond_noise for change in compare(plain, plain).changes)
     assert sum(one["steps"] for one in plain["timeline"]) == found.steps - 1 == count * epochs - 1
     return found
 
