@@ -120,6 +120,9 @@ def tune_parser() -> Parser:
     parser.add_argument("--loader-only", action="store_true", help="Measure the loader without the model.")
     parser.add_argument("--max-memory", type=Optional[float], metavar="MB", help="Memory limit of loaders (megabytes).")
     parser.add_argument(
+        "--apply", action="store_true", help="Also run doctor with the settings before and with those found."
+    )
+    parser.add_argument(
         "--batch-sizes", type=List[int], default=[], help="Try these too, [128,256]; they train differently."
     )
     parser.add_argument("--orders", type=List[str], default=[], help="Try these orders too: [quasi_random].")
@@ -128,6 +131,8 @@ def tune_parser() -> Parser:
 
 
 def tune_command(options: Any) -> int:
+    from fastmnist.measure.changes import compare
+    from fastmnist.measure.doctor import diagnose_training
     from fastmnist.measure.tune import tune, write_yaml
     from fastmnist.report.tables import search_table
     from fastmnist.report.tune_chart import plot_search
@@ -154,8 +159,18 @@ def tune_command(options: Any) -> int:
         write_yaml(result, folder / "tuned.yaml")
         write_json(folder / "tune.json", result.to_dict())
         plot_search(result.to_dict(), folder / "search.png")
+        content = result.to_dict() | {"folder": str(folder)}
+        if options.apply:
+            applied = (diagnose_training(one, reporter=Reporter(quiet=True)) for one in (config, result.apply(config)))
+            before, after = (diagnosis.to_dict() for diagnosis in applied)
+            for name, diagnosis in {"before": before, "after": after}.items():
+                write_json(folder / f"{name}.json", diagnosis)
+            changes = compare(before, after)
+            content |= {"before": before, "after": after, "changes": changes.to_dict()}
+            for line in [*changes.lines(), changes.verdict()]:
+                reporter.result(line)
     reporter.result(f"{result.verdict()} Use it: fastmnist train --config {folder / 'tuned.yaml'}")
-    write_json(options.json, result.to_dict() | {"folder": str(folder)})
+    write_json(options.json, content)
     return 0
 
 

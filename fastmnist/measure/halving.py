@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
 import torch
 
 from fastmnist.errors import FastmnistError
-from fastmnist.measure.batches import Epochs, length_of
+from fastmnist.measure.batches import Epochs, kept, length_of, with_tensors
 from fastmnist.system.machine import memory_in_use
 from fastmnist.system.statistics import Summary, in_turns, ratios, summarise
 
@@ -28,6 +29,7 @@ Status = Literal["best", "tie", "slower", "dropped", "failed", "too much memory"
 Progress = Callable[[str, float], None]
 
 FIRST_RUNG = 0.6  # of the budget
+CEILING_SHARE, MOST_CEILING_TURNS = 0.15, 9  # of the budget, to measure the ceiling
 FINALISTS = 4
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # the least even beyond the budget: one value decides nothing
 SAME = 0.95  # of the best: no slower is a tie
@@ -90,12 +92,14 @@ class Search:
     """candidates: the fastest first, then those without a value. chosen: the simplest of those that tie with the best.
 
     reference: the simplest that works, measured beside all others.
+    ceiling: the rate of the step on one fixed batch over the reference's, which no loader exceeds, if measured.
     """
 
     candidates: list[Candidate]
     chosen: Candidate
     reference: Candidate
     seconds: float
+    ceiling: Summary | None = None
 
 
 def combinations(
@@ -135,6 +139,12 @@ def describe(settings: Settings, simplest: Settings) -> str:
         if value != simplest[key]
     ]
     return ", ".join(parts) or "defaults"
+
+
+def possible(gain: Summary) -> str:
+    """ "1.27 (1.22 to 1.31)"; what is below 1 is noise."""
+    median, low, high = (max(1.0, value) for value in (gain.median, gain.low, gain.high))
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 class OpenLoader:
@@ -198,6 +208,9 @@ def _synchronize() -> None:
 class Halving:
     """Successive halving in two rungs; `run` makes the search.
 
+    0. With a ceiling: turns of the step on one fixed batch, which no loader can beat, and of the simplest settings. The
+       search ends where nothing is left to gain: at once if all that any settings could gain is no more than a tie; the
+       first rung when a candidate comes near the ceiling; the second when the best one's interval reaches it.
     1. Each candidate takes one turn beside the simplest. Single changes come first, then their combinations, the most
        promising first (each change is expected to do what it did alone), until 0.6 of the budget are spent.
     2. The simplest and the three best take turns until the budget is spent, 3 to 15 rounds.
@@ -209,6 +222,8 @@ class Halving:
         budget: seconds in all, from `begun` on. Two settings are compared however long that takes.
         max_memory: bytes that loaders open at the same time may take; None for no limit.
         ahead: batches that a loader with these settings may have ready.
+        ceiling: measure it, where the step takes the same batches with all settings.
+        announce: called with the best possible gain, before the search begins.
     """
 
     def __init__(
@@ -222,12 +237,18 @@ class Halving:
         ahead: Callable[[Settings], int] = lambda settings: 1,
         progress: Progress = lambda text, share: None,
         begun: float | None = None,
+        ceiling: bool = False,
+        announce: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.candidates, self.make, self.step, self.budget = candidates, make, step, budget
         self.max_memory, self.ahead, self.progress = max_memory, ahead, progress
         self.begun = time.perf_counter() if begun is None else begun
         self.errors: list[Exception] = []
         self.candidate_seconds = self.turn_seconds = 0.0  # the longest of the first rung
+        self.measures_ceiling, self.announce = ceiling and step is not None, announce
+        self.fixed: OpenLoader | None = None  # the step on one batch
+        self.ceiling: Summary | None = None
+        self.ceiling_rates: list[float] = []  # of the second rung
 
     def run(self) -> Search:
         """The search.
@@ -238,19 +259,21 @@ class Halving:
         with ExitStack() as stack:
             reference, loader = self._open_reference()
             finalists = {reference: stack.enter_context(closing(loader))}
-            self._first_rung(reference, loader)
-            self._open_finalists(finalists, stack)
-            self._second_rung(finalists)
+            reached = self.measures_ceiling and self._measure_ceiling(reference, loader)
+            if not reached:
+                reached = self._first_rung(reference, loader)
+                self._open_finalists(finalists, stack)
+                reached = self._second_rung(finalists) or reached
         chosen = self._choose(list(finalists))
         for candidate in self.candidates:
             if candidate.status == "not measured" and not candidate.reason:
-                candidate.reason = "out of budget"
+                candidate.reason = "nothing left to gain" if reached else "out of budget"
         ranked = sorted(
             (candidate for candidate in self.candidates if candidate.values),
             key=lambda candidate: (candidate not in finalists, -candidate.summary().median),
         )
         rest = [candidate for candidate in self.candidates if not candidate.values]
-        return Search(ranked + rest, chosen, reference, self._elapsed())
+        return Search(ranked + rest, chosen, reference, self._elapsed(), self.ceiling)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.begun
@@ -291,25 +314,45 @@ class Halving:
             return None
         return loader
 
-    def _first_rung(self, reference: Candidate, loader: OpenLoader) -> None:
+    def _measure_ceiling(self, reference: Candidate, loader: OpenLoader) -> bool:
+        """Whether no settings can be more than a tie with the simplest: what they could gain is below that for sure."""
+        batch = with_tensors(next(loader.epochs), kept)
+        self.fixed = OpenLoader(itertools.repeat(batch), self.step, 1)
+        self.fixed.warm_up()
+        rates = in_turns(
+            {"fixed": self.fixed.turn, "simplest": loader.turn},
+            MOST_CEILING_TURNS,
+            until=time.perf_counter() + CEILING_SHARE * self.budget,
+            least=LEAST_ROUNDS,
+        )
+        self.ceiling = gain = ratios(rates["fixed"], rates["simplest"])
+        self.announce(f"No settings can train more than {possible(gain)} times as fast as the simplest.")
+        if gain.high * SAME > 1:
+            return False
+        reference.rounds, reference.ratio = [[rate] for rate in rates["simplest"]], 1.0
+        return True
+
+    def _first_rung(self, reference: Candidate, loader: OpenLoader) -> bool:
+        """Whether a candidate came near the ceiling."""
         begun = time.perf_counter()
         reference.rounds, reference.ratio = [[loader.turn()]], 1.0
         self.turn_seconds = time.perf_counter() - begun
         singles = [candidate for candidate in self.candidates if len(candidate.changes) == 1]
-        self._screen(singles, reference, loader)
+        if self._screen(singles, reference, loader):
+            return True
         alone = {candidate.changes[0]: candidate.ratio for candidate in singles}
         others = [candidate for candidate in self.candidates if len(candidate.changes) > 1]
         others.sort(key=lambda candidate: -math.prod(alone.get(change, 1.0) for change in candidate.changes))
-        self._screen(others, reference, loader)
+        return self._screen(others, reference, loader)
 
-    def _screen(self, candidates: Iterable[Candidate], reference: Candidate, beside: OpenLoader) -> None:
-        """A turn of each, then one of the reference, as far as the budget goes."""
+    def _screen(self, candidates: Iterable[Candidate], reference: Candidate, beside: OpenLoader) -> bool:
+        """A turn of each, then one of the reference, as far as the budget goes, or until one is near the ceiling."""
         for candidate in candidates:
             if candidate.status != "not measured" or candidate is reference:
                 continue
             begun = time.perf_counter()
             if self.candidate_seconds and begun + self.candidate_seconds > self.begun + FIRST_RUNG * self.budget:
-                return
+                return False
             loader = self._open(candidate)
             if loader is None:
                 continue
@@ -325,6 +368,9 @@ class Halving:
             candidate.rounds, candidate.ratio = [[rate]], rate / other
             reference.rounds[0].append(other)
             self.candidate_seconds = max(self.candidate_seconds, time.perf_counter() - begun)
+            if self.ceiling is not None and candidate.ratio >= SAME * self.ceiling.high:
+                return True
+        return False
 
     def _open_finalists(self, finalists: dict[Candidate, OpenLoader], stack: ExitStack) -> None:
         """The best of the first rung, beside the reference, as far as memory and time go."""
@@ -348,17 +394,42 @@ class Halving:
         """Of opening one more finalist, and of the least rounds of them all."""
         return self.candidate_seconds + LEAST_ROUNDS * finalists * self.turn_seconds
 
-    def _second_rung(self, finalists: dict[Candidate, OpenLoader]) -> None:
+    def _second_rung(self, finalists: dict[Candidate, OpenLoader]) -> bool:
+        """Whether the best one's interval reached the ceiling."""
+
+        def value(candidate: Candidate, loader: OpenLoader) -> float:
+            candidate.rounds.append([loader.turn()])
+            return candidate.rounds[-1][0]
+
+        def ceiling(loader: OpenLoader) -> float:
+            self.ceiling_rates.append(loader.turn())
+            return self.ceiling_rates[-1]
+
+        def reached() -> bool:
+            if len(self.ceiling_rates) < LEAST_ROUNDS:
+                return False
+            best = max(finalists, key=lambda candidate: candidate.summary().median)
+            share = ratios(best.final, self.ceiling_rates)
+            return share.low >= SAME or (share.high >= 1 and share.median >= SAME)
+
+        def ended(turn: int) -> bool:
+            self._say(f"round {turn + 1}")
+            return reached()
+
         self._say("round 1")
-        rates = in_turns(
-            {candidate: loader.turn for candidate, loader in finalists.items()},
+        turns: dict[Candidate | None, Callable[[], float]] = {
+            candidate: partial(value, candidate, loader) for candidate, loader in finalists.items()
+        }
+        if self.fixed is not None:
+            turns[None] = partial(ceiling, self.fixed)
+        in_turns(
+            turns,
             MOST_ROUNDS,
-            until=self.begun + self.budget - len(finalists) * self.turn_seconds,
+            until=self.begun + self.budget - len(turns) * self.turn_seconds,
             least=LEAST_ROUNDS,
-            on_turn=lambda turn: self._say(f"round {turn + 1}"),
+            on_turn=ended,
         )
-        for candidate, values in rates.items():
-            candidate.rounds += [[value] for value in values]
+        return reached()
 
     def _choose(self, finalists: list[Candidate]) -> Candidate:
         """The simplest of those that tie with the best; sets each one's status."""

@@ -19,7 +19,7 @@ from fastmnist.errors import ConfigError
 from fastmnist.files import write_bytes
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.measure.batches import step_of_batch
-from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Settings, combinations, describe
+from fastmnist.measure.halving import Candidate, Halving, Progress, Search, Settings, combinations, describe, possible
 from fastmnist.measure.step import TrainingSetup, training_setup
 from fastmnist.system.environment import describe_hardware, hardware, origin, tuned_on
 from fastmnist.system.progress import Reporter
@@ -57,9 +57,16 @@ class Tuning:
         measured = [candidate for candidate in self.search.candidates if candidate.values]
         if chosen is simplest:
             name = "defaults" if chosen.name == "defaults" else f"simplest settings ({chosen.name})"
-            return f"The {name} are as fast as anything tried ({len(measured)} settings)."
-        gain = chosen.summary().median / simplest.summary().median
-        return f"{chosen.name}: {gain:.2f} times as fast as {simplest.name}, the best of {len(measured)} measured."
+            found = f"The {name} are as fast as anything tried ({len(measured)} settings)."
+        else:
+            gain = chosen.summary().median / simplest.summary().median
+            found = f"{chosen.name}: {gain:.2f} times as fast as {simplest.name}, the best of {len(measured)} measured."
+        ceiling = self.search.ceiling
+        return found if ceiling is None else f"{found} No loader could make it more than {possible(ceiling)} times."
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """A run's configuration with these settings."""
+        return replace(config, **self.settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `report.tune_chart.plot_search` and --json."""
@@ -85,6 +92,7 @@ class Tuning:
             "settings": self.settings,
             "candidates": lines,
             "default": self.search.reference.name,
+            "ceiling": self.search.ceiling and self.search.ceiling.to_dict(),
             "budget_seconds": self.budget,
             "seconds": self.search.seconds,
             **self.origin,
@@ -105,7 +113,8 @@ def tune_loader(
     """The fastest settings of any loader, measured in your own training loop.
 
     Each candidate is measured beside the simplest; the best few are measured again, in turn. The simplest of those
-    that tie with the fastest (at least 0.95 of its rate) is chosen.
+    that tie with the fastest (at least 0.95 of its rate) is chosen. A step is measured on one fixed batch first: no
+    settings can be faster than that, and the search ends where they are as fast.
 
     Args:
         make: `make(**settings)` returns a loader that can be iterated over repeatedly. It is closed by its `close`, if
@@ -136,6 +145,8 @@ def tune_loader(
         max_memory=max_memory,
         ahead=ahead or _ahead,
         progress=progress,
+        ceiling="batch_size" not in space,
+        announce=lambda text: progress(text, 0.0),
     )
     search = halving.run()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -232,6 +243,8 @@ def tune(
             ahead=lambda settings: _ahead(settings if gpu else settings | {"prefetch": 0}),
             progress=progress,
             begun=begun,
+            ceiling=len(sizes) == len(names) == 1,  # other sizes and loaders make other steps
+            announce=(reporter or Reporter(quiet=True)).say,
         )
         search = halving.run()
         on = tuned_on(setup.device, setup.files.train.image_shape, setup.files.dataset)

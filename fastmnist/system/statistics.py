@@ -89,7 +89,7 @@ def in_turns(
     *,
     until: float = float("inf"),
     least: int = 1,
-    on_turn: Callable[[int], None] = lambda turn: None,
+    on_turn: Callable[[int], object] = lambda turn: None,
 ) -> dict[Name, list[float]]:
     """The values of all contenders, measured in turn, so that whatever changes on the machine meets them all.
 
@@ -100,7 +100,7 @@ def in_turns(
         contenders: a function that measures one value of each.
         turns: values of each.
         until: time.perf_counter() after which no turn begins, once there have been `least`.
-        on_turn: called with 1, 2, ... after each turn.
+        on_turn: called with 1, 2, ... after each turn; True makes it the last.
     """
     values: dict[Name, list[float]] = {name: [] for name in contenders}
     for turn in range(turns):
@@ -108,7 +108,8 @@ def in_turns(
             break
         for name in random.Random(turn).sample(list(contenders), len(contenders)):
             values[name].append(contenders[name]())
-        on_turn(turn + 1)
+        if on_turn(turn + 1) is True:
+            break
     return values
 
 

@@ -89,7 +89,42 @@ def test_no_workers_are_kept_when_the_step_is_the_limit(clock):
     found = tune_loader(partial(Sleepy, clock), {"num_workers": [0, 2, 4]}, step, budget=60)
     # 8 ms of loading add to 30 ms of computing unless a worker does it meanwhile: two or four workers are the same.
     assert found.settings == {"num_workers": 2}
-    assert statuses(found)["num_workers 4"] in ("best", "tie")
+    assert statuses(found)["num_workers 4"] == "not measured"
+    assert "nothing left to gain" in {candidate.reason for candidate in found.search.candidates}
+    assert found.search.ceiling.median == pytest.approx(38 / 30, rel=0.02)
+
+
+@pytest.mark.parametrize(("loading", "computing"), [(0.01, 1.0), (0.4, 1.0), (9.0, 1.0)])
+def test_the_ceiling_ends_the_search_and_changes_no_choice(clock, loading, computing):
+    """No settings beat the step on one fixed batch, so the search may end where they are as fast."""
+    told, choices = [], []
+    for ceiling in (False, True):
+        begun = clock.now
+        search = halving.Halving(
+            combinations({"num_workers": [0, 1, 2, 4, 8], "prefetch_factor": [2, 4]}),
+            lambda settings: Sleepy(clock, **settings, sample_seconds=0.03 * loading / BATCH),
+            lambda batch: clock.sleep(0.03 * computing),
+            60.0,
+            ahead=lambda settings: settings["num_workers"] * settings["prefetch_factor"],
+            ceiling=ceiling,
+            announce=lambda text: told.append(clock.now - begun),  # noqa: B023
+        ).run()
+        choices.append((search.chosen.settings, clock.now - begun))
+    (without, whole), (found, taken) = choices
+    rates = [min(1 / computing, max(1, choice["num_workers"]) / loading) for choice in (found, without)]
+    assert rates[0] >= 0.95 * rates[1]
+    reached = loading < 2  # beyond that, an epoch's first batch costs more than a tie
+    assert any(candidate.reason == "nothing left to gain" for candidate in search.candidates) == reached
+    if reached:
+        assert taken < whole
+    assert search.ceiling.median == pytest.approx((loading + computing) / computing, rel=0.05)
+    assert all(candidate.ratio <= 1.01 * search.ceiling.high for candidate in search.candidates)
+    assert len(told) == 1
+    if loading < 0.05:  # any settings are a tie: none is even opened
+        assert [candidate.status for candidate in search.candidates[1:]] == ["not measured"] * 9
+        assert told[0] == taken
+    else:
+        assert told[0] < 0.2 * 60
 
 
 def test_what_ties_is_decided_by_simplicity(clock):
@@ -215,7 +250,8 @@ def test_a_slow_machine_still_compares_two_settings(clock):
     def slow(batch):
         clock.sleep(0.5)
 
-    found = tune_loader(partial(Sleepy, clock), {"num_workers": [0, 1, 2]}, slow, budget=1.5)
+    make = partial(Sleepy, clock, sample_seconds=0.1)
+    found = tune_loader(make, {"num_workers": [0, 1, 2]}, slow, budget=1.5)
     measured = [candidate for candidate in found.search.candidates if candidate.values]
     assert len(measured) == 2
     assert all(len(candidate.final) >= 3 for candidate in measured)

@@ -12,6 +12,7 @@ from fastmnist.baselines.loaders import LOADERS
 from fastmnist.cli.main import main
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
+from fastmnist.measure import doctor
 from fastmnist.measure.halving import Candidate, Search, combinations
 from fastmnist.measure.step import training_setup
 from fastmnist.measure.tune import Tuning, make_loader, simplest, space_of, tune, write_yaml
@@ -146,13 +147,25 @@ def test_train_warns_of_settings_from_another_machine(tmp_path, config, capsys) 
     assert saved["threads"] == 1
 
 
-def test_the_command_writes_settings_and_pictures(tmp_path, config, monkeypatch, capsys) -> None:
+def test_the_command_writes_settings_and_pictures_and_applies_them(tmp_path, config, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "TURNS", 3)
+    monkeypatch.setattr(doctor.diagnose_training, "__defaults__", (0.5, None))
     flags = ["--dataset", "mnist", "--data-dir", config.data_dir, "--cache-dir", config.cache_dir, "--val-size", "0"]
     flags += ["--model", "small-cnn", "--batch-size", "32", "--device", "cpu"]
-    assert main(["tune", *flags, "--budget", "3", "--loader-only", "--out", "out", "--json", "result.json"]) == 0
-    assert {path.name for path in Path("out").iterdir()} == {"search.png", "tune.json", "tuned.yaml"}
+    assert main(["tune", *flags, "--budget", "1", "--apply", "--out", "out", "--json", "result.json"]) == 0
+    names = {"search.png", "tune.json", "tuned.yaml", "before.json", "after.json"}
+    assert {path.name for path in Path("out").iterdir()} == names
     result = json.loads(Path("result.json").read_text())
+    printed = capsys.readouterr().out.splitlines()
+    assert [
+        line for line in printed if "than" in line and "simplest" in line
+    ]  # the best possible gain, before the search
+    assert result["ceiling"]["n"] >= 3
+    for name in ("before", "after"):
+        assert result[name] == json.loads(Path(f"out/{name}.json").read_text())
+        assert any(result[name]["verdict"] in line for line in printed)
+    assert result["changes"]["verdict"] in printed
     assert result["settings"]["loader"] == "ours"
     assert "tuned_on" in yaml.safe_load(Path("out/tuned.yaml").read_text())
     small = ["--model", "small-cnn", "--epochs", "1", "--val-size", "0", "--device", "cpu", "--out", "run"]
