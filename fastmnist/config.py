@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -38,12 +39,16 @@ class DataConfig:
     """Data and loader"""
 
     dataset: Optional[str] = None
-    """mnist, fashion, kmnist, qmnist, emnist-<split>, digits, or <name> for <name>-train.beton and <name>-test.beton in
-    the data folder; by default mnist, or digits if mnist is unavailable."""
+    """mnist, fashion, kmnist, qmnist, emnist-<split>, cifar10, cifar100, svhn, digits; folder:PATH for pictures in
+    PATH/train/<class>/ and PATH/test/<class>/, or in PATH/<class>/; or <name> for <name>-train.beton and
+    <name>-test.beton in the data folder. By default mnist, or digits if mnist is unavailable."""
 
     data_dir: Optional[str] = None
-    """Folder with IDX files (.gz or not; torchvision's MNIST/raw layout too) or with compiled files; by default
-    $FASTMNIST_DATA, then the cache, then a download."""
+    """Folder with the dataset's files as torchvision lays them out (IDX files also .gz) or with compiled files; by
+    default $FASTMNIST_DATA, then the cache, then a download."""
+
+    image_size: Optional[str] = None
+    """Size of a folder's pictures, N or HxW (pixels), where they differ: each is resized to it."""
 
     cache_dir: Optional[str] = None
     """Folder for compiled files and downloads; by default the user's cache folder."""
@@ -246,6 +251,8 @@ class TrainConfig(RunConfig, RecipeConfig, ModelConfig, DataConfig):
         for name, value in checked_settings(vars(self)).items():
             object.__setattr__(self, name, value)
         refuse_unused(vars(self))
+        if self.image_size is not None:
+            parse_size(self.image_size)
         limits_of_loader = {name: setting.limits for name, setting in run_settings(self.loader).items()}
         for name, limits in (LIMITS | limits_of_loader).items():
             value = getattr(self, name)
@@ -281,7 +288,24 @@ def unused(settings: Mapping[str, Any], device: str = "") -> dict[str, tuple[Any
     without_effect = unused_settings(every, DEFAULTS, device)
     if every["model"] != "resnet18":
         without_effect |= {name: (DEFAULTS[name], "--model resnet18") for name in ("stem", "live_taps")}
+    if not (every["dataset"] or "").startswith("folder:"):
+        without_effect["image_size"] = None, "--dataset folder:PATH"
     return {name: reason for name, reason in without_effect.items() if name in settings}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels.
+
+    >>> parse_size("32"), parse_size("32x48")
+    ((32, 32), (32, 48))
+
+    Raises:
+        ConfigError: it is neither N nor HxW.
+    """
+    sides = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if sides is None:
+        raise ConfigError(f"--image-size {short(text)} must be N or HxW, in pixels, such as 32 or 32x48")
+    return int(sides[1]), int(sides[2] or sides[1])
 
 
 def refuse_unused(settings: Mapping[str, Any], device: str = "") -> None:

@@ -11,6 +11,7 @@ import gzip
 import importlib
 import itertools
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -206,6 +207,70 @@ def write_dataset(
             ):
                 write_idx(folder / f"{stem}{suffix}", array)
             written[split] = images, labels
+        return written
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_colour(random_samples: Callable[..., Samples]) -> Callable[..., dict[str, Samples]]:
+    """(folder, name, train, test) -> {split: (images, labels)}: a small copy of CIFAR or SVHN in its own format.
+
+    Its checksums are its own: torchvision reads it once `any_checksum` is in place.
+    """
+
+    def write(folder: Path, name: str = "cifar10", train: int = 20, test: int = 10) -> dict[str, Samples]:
+        import scipy.io
+
+        from fastmnist.sources.colour import COLOUR
+
+        names = {"cifar10": "label_names", "cifar100": "fine_label_names"}
+        written, classes = {}, 100 if name == "cifar100" else 10
+        for split, count in (("train", train), ("test", test)):
+            images, labels = random_samples(count, (32, 32, 3), classes, seed=count)
+            files = [folder / file for file in COLOUR[name].files(split)]
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            if name == "svhn":
+                content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None]}
+                scipy.io.savemat(files[0], content)
+            else:
+                *batches, meta = files
+                rows = images.transpose(0, 3, 1, 2).reshape(count, -1)
+                parts = np.array_split(np.arange(count), len(batches))
+                for path, part in zip(batches, parts, strict=True):
+                    kind = "labels" if name == "cifar10" else "fine_labels"
+                    path.write_bytes(pickle.dumps({"data": rows[part], kind: labels[part].tolist()}))
+                meta.write_bytes(pickle.dumps({names[name]: [f"class {label}" for label in range(classes)]}))
+            written[split] = images, labels
+        return written
+
+    return write
+
+
+@pytest.fixture
+def any_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision takes files of any content for CIFAR's and SVHN's."""
+    for module in ("cifar", "svhn"):
+        check = f"torchvision.datasets.{module}.check_integrity"
+        monkeypatch.setattr(check, lambda path, md5=None: Path(path).is_file())
+
+
+@pytest.fixture(scope="session")
+def write_pictures() -> Callable[..., dict[str, np.ndarray]]:
+    """(folder, {class: count}, size, mode) -> {relative path: pixels}: pictures <class>/<number>.png of a folder."""
+
+    def write(
+        folder: Path, counts: dict[str, int], size: tuple[int, int] = (16, 18), mode: str = "RGB", seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        from PIL import Image
+
+        random, written = np.random.default_rng(seed), {}
+        for name, count in counts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                picture = Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).convert(mode)
+                picture.save(folder / name / f"{number}.png")
+                written[f"{name}/{number}.png"] = np.asarray(picture)
         return written
 
     return write

@@ -101,9 +101,10 @@ def test_your_data(photos: None, monkeypatch: pytest.MonkeyPatch) -> None:
             assert main(["train", "--dataset", "pets", "--data-dir", "data", *run]) == 0
     with fastmnist.Beton("data/tensors.beton") as file:
         assert torch.equal(torch.from_numpy(file.images(np.arange(1000))).permute(0, 3, 1, 2), names["tensors"])
-    with fastmnist.Beton("data/photos.beton") as file:
+    assert (names["train"].samples, names["test"].samples) == (4, 2)
+    with fastmnist.Beton("data/photos-train.beton") as file:
         assert file.class_names == ("cat", "dog")
-        assert file.images(np.arange(6))[:, 5, 5, 0].tolist() == [30] * 3 + [200] * 3
+        assert file.images(np.arange(4))[:, 5, 5, 0].tolist() == [30] * 2 + [200] * 2
     with fastmnist.Beton("data/dataset.beton") as file:
         image, label = names["dataset"][299]
         assert file.images(np.array([299]))[0].tolist() == np.asarray(image.resize((32, 32), 2)).tolist()

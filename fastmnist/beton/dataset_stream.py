@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fastmnist.beton.format import MAX_SIDE
-from fastmnist.errors import ConfigError, DataError, whole_number
+from fastmnist.errors import ConfigError, DataError, FastmnistError, whole_number
 
 GREY_MODES = ("1", "L", "LA", "La")  # of PIL; any other mode of 8 bits becomes RGB
 DEEP_MODES = ("I", "F")  # and I;16 and so on
@@ -39,7 +39,8 @@ class DatasetStream:
         dataset: of N items, with `__len__` and `__getitem__`.
         name: the file to be written, for messages.
         resize: (H, W) of all images, bilinear with anti-aliasing as torchvision's Resize; None keeps their size.
-        remedy: for images of different sizes, in words.
+        like: (H, W[, C]) that images must have; by default that of the first one.
+        remedy, broken: what to do about images of different sizes, and about one that cannot be read.
 
     Raises:
         ConfigError: `resize` is no size.
@@ -52,15 +53,17 @@ class DatasetStream:
         name: str | Path,
         *,
         resize: tuple[int, int] | None = None,
+        like: tuple[int, ...] | None = None,
         remedy: str = "resize=(H, W) makes them one size",
+        broken: str = "mend it, or leave it out",
     ) -> None:
-        self._dataset, self._name, self._remedy = dataset, name, remedy
+        self._dataset, self._name, self._remedy, self._broken = dataset, name, remedy, broken
         self._size = None if resize is None else checked_size("resize", resize)
-        self._colour: bool | None = None
+        self._shape = like
+        self._colour = None if like is None else len(like) == 3
         if not len(dataset):
             raise DataError(f"{name}: the dataset is empty; give one with images")
         self.labels = np.zeros(len(dataset), np.int64)
-        self._shape: tuple[int, ...] | None = None
         pixels, self.labels[0] = self._read(0)
         self._first, self._shape = pixels, pixels.shape
         self.shape = (len(dataset), *pixels.shape)
@@ -95,14 +98,14 @@ class DatasetStream:
             pixels = self._pixels(image, where)
         except DataError:
             raise
+        except FastmnistError as error:  # names the file and says what to do
+            raise DataError(f"{error} {self._broken}") from error
         except Exception as error:  # decoders raise all kinds, and so may a dataset
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{where} cannot be read ({type(error).__name__}: {reason}); mend it, or leave it out"
-            ) from error
+            raise DataError(f"{where} cannot be read ({type(error).__name__}: {reason}); {self._broken}") from error
         if self._shape is not None and pixels.shape != self._shape:
             was, now = (" x ".join(map(str, shape)) for shape in (self._shape, pixels.shape))
-            raise DataError(f"{where} is {now}, the first image {was}; {self._remedy}")
+            raise DataError(f"{where} is {now}, those before it {was}; {self._remedy}")
         try:
             return pixels, operator.index(label)
         except TypeError:
@@ -147,7 +150,7 @@ class DatasetStream:
             self._colour = colour
         elif colour and not self._colour:
             raise DataError(
-                f"{where} is in colour (mode {image.mode}), the first image is grey; convert all to one of both"
+                f"{where} is in colour (mode {image.mode}), those before it are grey; convert all to one of both"
             )
         return image.convert("RGB" if self._colour else "L")
 

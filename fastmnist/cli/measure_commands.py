@@ -10,6 +10,7 @@ from fastmnist.cli.parser import (
     INTERRUPTED,
     Parser,
     add_data_flags,
+    add_image_size,
     add_run_flags,
     configure,
     new_folder,
@@ -27,6 +28,7 @@ def bench_parser() -> Parser:
     parser.add_argument("--quick", action="store_true", help="Only the most important loaders, in half a minute.")
     parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
     add_data_flags(parser, dataset=False)
+    add_image_size(parser)
     parser.add_argument("--batch-size", type=int, default=512, help="Images per batch.")
     parser.add_argument("--device", type=str, default="auto", help="Device of the batches: auto, cpu, cuda and so on.")
     parser.add_argument(
@@ -45,7 +47,7 @@ def bench_command(options: Any) -> int:
 
     reporter = Reporter()
     contenders = choose_contenders(options.only, options.quick)
-    data, note = bench_file(options.dataset, options.data_dir, progress=reporter.writing)
+    data, note = bench_file(options.dataset, options.data_dir, image_size=options.image_size, progress=reporter.writing)
     if note:
         reporter.say(note)
     with new_folder(options.out, "bench") as folder:
@@ -223,6 +225,7 @@ def ladder_parser() -> Parser:
     )
     parser.add_argument("--dataset", type=Optional[str], help="As for train; by default mnist, or digits.")
     add_data_flags(parser, dataset=False)
+    add_image_size(parser)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda and so on.")
     parser.add_argument("--out", type=Optional[str], help="Folder of results; by default runs/<date>-ladder-<n>.")
     return parser
@@ -243,6 +246,7 @@ def ladder_command(options: Any) -> int:
                 quick=options.quick,
                 dataset=options.dataset,
                 data_dir=options.data_dir,
+                image_size=options.image_size,
                 device=options.device,
                 reporter=reporter,
                 progress=progress,

@@ -145,13 +145,18 @@ def add_data_flags(parser: Parser, dataset: bool) -> None:
             "--dataset",
             type=str,
             default="mnist",
-            help="mnist, fashion, kmnist, qmnist, emnist-<split> or digits.",
+            help="mnist, fashion, kmnist, qmnist, emnist-<split>, cifar10, cifar100, svhn, digits, or folder:PATH for "
+            "pictures in PATH/train/<class>/ and PATH/test/<class>/, or in PATH/<class>/.",
         )
     parser.add_argument(
         "--data-dir",
         type=Optional[str],
-        help="Folder with the IDX files (.gz or not); by default $FASTMNIST_DATA, then a download.",
+        help="Folder with the dataset's files; by default $FASTMNIST_DATA, then a download.",
     )
+
+
+def add_image_size(parser: Parser) -> None:
+    parser.add_argument("--image-size", type=Optional[str], metavar="N|HxW", help="Resize a folder's pictures to it.")
 
 
 def add_run_flags(parser: Parser, loader: str | None = None) -> None:

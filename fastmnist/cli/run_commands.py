@@ -9,6 +9,7 @@ from fastmnist.cli.parser import (
     INTERRUPTED,
     Parser,
     add_data_flags,
+    add_image_size,
     add_run_flags,
     configure,
     given_settings,
@@ -24,6 +25,10 @@ def compile_parser() -> Parser:
     parser = new_parser("Compile a dataset: write <dataset>-train.beton and <dataset>-test.beton.")
     add_data_flags(parser, dataset=True)
     parser.add_argument("--output", type=Optional[str], help="Folder for the files; by default the user's cache.")
+    add_image_size(parser)
+    parser.add_argument(
+        "--skip-broken", type=bool, default=False, help="Leave out a folder's pictures that cannot be decoded."
+    )
     parser.add_argument(
         "--expand",
         type=Optional[int],
@@ -48,10 +53,14 @@ def compile_command(options: Any) -> int:
         progress=reporter.writing,
         expand=options.expand,
         seed=options.seed,
+        image_size=options.image_size,
+        skip_broken=options.skip_broken,
     )
     seconds = time.perf_counter() - begun
     for file in files:
         reporter.say(f"{file.path}: {file.samples:,} samples, {file.status}")
+        if file.note:
+            reporter.say(file.note)
     content = [{"path": str(f.path), "split": f.split, "samples": f.samples, "status": f.status} for f in files]
     write_json(options.json, {"dataset": options.dataset, "files": content, "seconds": seconds})
     return 0
@@ -131,7 +140,7 @@ def evaluate_command(options: Any) -> int:
 
 
 def predict_parser() -> Parser:
-    parser = new_parser("Predict the digits in pictures: label and probabilities for any PNG or JPEG.")
+    parser = new_parser("Predict what is on pictures: label and probabilities for any PNG or JPEG.")
     parser.add_argument("run", type=str, help="The run's folder.")
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Pictures of any size and colour.")
     return parser

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastmnist.errors import ConfigError, FastmnistError, check_limits
-from fastmnist.inference.picture import mnist_like, open_picture
+from fastmnist.inference.picture import mnist_like
 from fastmnist.inference.predict import PictureModel
+from fastmnist.sources.pictures import open_picture
 from fastmnist.training.checkpoint import WEIGHTS, ModelCard
 from fastmnist.training.run_folder import RUNS
 
@@ -47,7 +48,7 @@ class DrawingReader(PictureModel):
     """A run's model for the drawings that a server's threads receive, one at a time."""
 
     def __init__(self, run: Path) -> None:
-        super().__init__(run)
+        super().__init__(run, drawn=True)
         self._lock = threading.Lock()  # a large picture takes much memory
 
     def read(self, drawing: bytes) -> Reading:
@@ -60,7 +61,7 @@ class DrawingReader(PictureModel):
         if not self._lock.acquire(timeout=TIMEOUT):
             raise BusyError("other drawings are being read; try again")
         try:
-            image = mnist_like(open_picture(io.BytesIO(drawing), "the drawing"), self.size)
+            image = mnist_like(open_picture(io.BytesIO(drawing), "the drawing"), self.size[0])
             return Reading(self.probabilities(image)[0], image)
         finally:
             self._lock.release()
@@ -77,7 +78,8 @@ def render_page(card: ModelCard, script: str = "demo_server.js.jinja", **values:
 
     loader = jinja2.PackageLoader("fastmnist", "inference")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    settings = {"dataset": card.dataset, "names": list(card.class_names), "size": card.image_shape[0], "shared": None}
+    trained_on = Path(card.dataset).name  # of a folder, its name alone
+    settings = {"dataset": trained_on, "names": list(card.class_names), "size": card.image_shape[0], "shared": None}
     return environment.get_template("demo.html.jinja").render(backend=script, **settings | values).encode()
 
 

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 
 from fastmnist.errors import FastmnistError
+from fastmnist.sources.pictures import open_picture, upright
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-MAX_PIXELS = 50_000_000  # a phone's photo has as many; checked before anything is decoded
 WORKING_SIDE = 1024  # pixels; a larger picture is shrunk to it first, for speed
 MIN_CONTRAST = 20.0  # of 255; weaker marks are paper grain or JPEG artefacts
 EDGE = 0.25  # of full ink; the character's box ends here, so that soft edges do not widen it
@@ -58,7 +56,7 @@ def mnist_like(picture: Image.Image, size: int = 28) -> npt.NDArray[np.uint8]:
         raise ValueError(f"size must be at least 1, not {size}")
     if 0 in picture.size:
         raise FastmnistError(f"The picture has no pixels ({picture.width}x{picture.height}). Use another one.")
-    ink = _ink(_upright(picture))
+    ink = _ink(upright(picture))
     return _centred(_fitted(ink, max(1, round(size * BOX_SHARE))), size)
 
 
@@ -83,48 +81,6 @@ def read_picture(path: str | os.PathLike[str], size: int = 28) -> npt.NDArray[np
         return mnist_like(picture, size)
     except FastmnistError as error:
         raise FastmnistError(f"{file}: {error}") from error
-
-
-def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
-    """Decodes an image and turns it upright by its EXIF orientation.
-
-    Args:
-        file: in any format that Pillow reads; of several frames the first is used.
-        name: of the image, in error messages.
-
-    Raises:
-        FastmnistError: the file is missing, no image, damaged, or has more than MAX_PIXELS pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does not matter here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:  # reads the header alone
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise _too_large(name)
-                picture.load()
-                return _upright(picture)
-    except FastmnistError:
-        raise
-    except FileNotFoundError:
-        raise FastmnistError(f"There is no file {name}. Check the name and the folder.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(name) from None
-    except UnidentifiedImageError:
-        raise FastmnistError(f"{name} is not an image that can be read. Save it as PNG or JPEG.") from None
-    except PermissionError:
-        raise FastmnistError(f"{name} cannot be read. Change its permissions or copy it.") from None
-    except Exception as error:  # Pillow's decoders raise all kinds, and nothing else runs here
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FastmnistError(f"{name} is damaged or cut short ({reason}). Save or copy it again.") from error
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned by its EXIF orientation; damaged EXIF counts as none."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow's parser raises all kinds
-        return picture.copy()
 
 
 def _ink(picture: Image.Image) -> Floats:
@@ -293,12 +249,6 @@ def _centred(character: Floats, size: int) -> npt.NDArray[np.uint8]:
     left = min(max(round(size // 2 - column), 0), size - width)
     field[top : top + height, left : left + width] = np.rint(character * 255)
     return field
-
-
-def _too_large(name: str) -> FastmnistError:
-    return FastmnistError(
-        f"{name} has too many pixels (over {MAX_PIXELS:,}). Make it smaller or crop it to the character."
-    )
 
 
 def _blank() -> FastmnistError:

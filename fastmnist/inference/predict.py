@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from fastmnist.beton.reader import Beton
@@ -16,6 +17,7 @@ from fastmnist.inference.picture import read_picture
 from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import Normaliser
 from fastmnist.prepare.prepare import prepare
+from fastmnist.sources.pictures import open_picture
 from fastmnist.system.machine import choose_device
 from fastmnist.system.processes import first_on_each_machine
 from fastmnist.training.checkpoint import ModelCard, load_weights
@@ -49,43 +51,58 @@ class Prediction:
 
 
 class PictureModel:
-    """A run's model for pictures of one character, on the CPU.
+    """A run's model for pictures, on the CPU: of one character, or in colour.
 
     Attributes:
-        size: side in pixels of the images that it takes.
+        size: (H, W) of the images that it takes.
+        colour: whether they are RGB.
+
+    Args:
+        drawn: the pictures are drawings, for which the model must take square grey images.
 
     Raises:
         DataError: the folder holds no weights.
-        ConfigError: the model does not take square grey images.
+        ConfigError: the model takes neither square grey images nor RGB.
     """
 
     model: nn.Module
     card: ModelCard
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, drawn: bool = False) -> None:
         self.model, self.card = load_weights(run)
         height, width, channels = self.card.image_shape
-        if channels != 1 or height != width:
+        if not (channels == 1 and height == width) and (drawn or channels != 3):
             raise ConfigError(
-                f"{run}: predict and demo take models of square grey images, this one was trained on "
-                f"{tuple(self.card.image_shape)}"
+                f"{run}: predict takes models of square grey or of RGB images, demo of square grey ones; this one was "
+                f"trained on {tuple(self.card.image_shape)}"
             )
-        self.size = height
+        self.size, self.colour = (height, width), channels == 3
         self._normalise = Normaliser(self.card.mean, self.card.std)
+
+    def input_of(self, path: Path) -> np.ndarray:
+        """A picture as the model's input: a character as MNIST's images were made; RGB resized, as a folder's are.
+
+        Returns:
+            (H, W) or (H, W, 3) uint8.
+        """
+        if not self.colour:
+            return read_picture(path, self.size[0])
+        image = open_picture(path, str(path)).convert("RGB")
+        return np.asarray(image.resize(self.size[::-1], Image.Resampling.BILINEAR))
 
     @torch.inference_mode()
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """(n, size, size) uint8 to (n, classes) float32."""
-        batch = torch.from_numpy(images).view(-1, 1, self.size, self.size)
+        """(n, H, W[, 3]) uint8 to (n, classes) float32."""
+        batch = torch.from_numpy(images).view(-1, *self.card.image_shape).permute(0, 3, 1, 2)
         probabilities: np.ndarray = self.model(self._normalise(batch)).softmax(1).numpy()
         return probabilities
 
 
 def predict(run: str | Path, pictures: Sequence[str | Path]) -> list[Prediction]:
-    """Predicts what is on pictures of any size, in colour or grey, dark on light or light on dark.
+    """Predicts what is on pictures of any size: of a character, dark on light or light on dark, for a grey model.
 
     Raises:
-        ConfigError: no picture is named, or the model does not take square grey images.
+        ConfigError: no picture is named, or the model takes neither square grey images nor RGB.
         DataError: the folder holds no weights.
         FastmnistError: a picture cannot be read, or is blank.
     """
@@ -93,7 +110,7 @@ def predict(run: str | Path, pictures: Sequence[str | Path]) -> list[Prediction]
     if not paths:
         raise ConfigError("predict takes at least one picture: name an image file")
     model = PictureModel(Path(run))
-    probabilities = model.probabilities(np.stack([read_picture(path, model.size) for path in paths]))
+    probabilities = model.probabilities(np.stack([model.input_of(path) for path in paths]))
     return [Prediction(path, model.card.class_names, row) for path, row in zip(paths, probabilities, strict=True)]
 
 
@@ -129,7 +146,12 @@ def open_test_set(run: Path, card: ModelCard, data_dir: str | None, cache_dir: s
     """
     config = RunFolder(run).read_config()
     with first_on_each_machine():
-        prepared = prepare(card.dataset, data_dir or config.get("data_dir"), cache_dir or config.get("cache_dir"))
+        prepared = prepare(
+            card.dataset,
+            data_dir or config.get("data_dir"),
+            cache_dir or config.get("cache_dir"),
+            image_size=config.get("image_size"),
+        )
     file = Beton(prepared.test)
     stored = file.integrity.class_names if file.integrity else ()  # a file without names may lack a class
     named = not stored or stored == tuple(card.class_names)

@@ -63,7 +63,7 @@ def share_html(
         FastmnistError: the page's model differs from the original.
     """
     require_packages("onnx", "onnxruntime", by="--share-html")
-    path, picture_model = Path(output), PictureModel(Path(run))
+    path, picture_model = Path(output), PictureModel(Path(run), drawn=True)
     model, card = picture_model.model, picture_model.card
     web = load_runtime(runtime)
     original = Classifier(model, card)

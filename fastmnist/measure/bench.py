@@ -62,7 +62,12 @@ class Comparison:
 
 
 def bench_file(
-    dataset: str | None, data_dir: str | None, cache_dir: str | None = None, progress: PrepareProgress | None = None
+    dataset: str | None,
+    data_dir: str | None,
+    cache_dir: str | None = None,
+    *,
+    image_size: str | None = None,
+    progress: PrepareProgress | None = None,
 ) -> tuple[Path, str]:
     """The compiled training images to measure with, and a note on them.
 
@@ -71,7 +76,7 @@ def bench_file(
     Raises:
         DataError: the named dataset cannot be had.
     """
-    prepared = prepare(dataset, data_dir, cache_dir, progress=progress)
+    prepared = prepare(dataset, data_dir, cache_dir, image_size=image_size, progress=progress)
     if prepared.dataset != FALLBACK:
         return prepared.train, prepared.note
     with Beton(prepared.train) as file:

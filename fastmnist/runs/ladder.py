@@ -159,6 +159,7 @@ def ladder(
     dataset: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
+    image_size: str | None = None,
     device: str = "auto",
     reporter: Reporter | None = None,
     progress: Progress = lambda text, share: None,
@@ -173,7 +174,7 @@ def ladder(
     Args:
         seeds: per rung; by default 3, or 1 if `quick`.
         images: training images of each run; by default `default_images`, or a quarter of that if `quick`.
-        dataset, data_dir, cache_dir, device: as for `train`.
+        dataset, data_dir, cache_dir, image_size, device: as for `train`.
         reporter, progress: as for `speedrun`.
 
     Raises:
@@ -190,6 +191,7 @@ def ladder(
     seen = images or default_images(device) // (4 if quick else 1)
     reporter = reporter or Reporter(quiet=True)
     where = {"dataset": dataset, "data_dir": data_dir, "cache_dir": cache_dir, "device": device}
+    where["image_size"] = image_size
     settings = GROUND | {"images_seen": seen, "quiet": True}
     every = rungs("fast995" if on_gpu else "cpu")
     rows: list[dict[str, Any]] = []

@@ -178,7 +178,7 @@ class _Run:
         self.epochs = math.ceil(self.trainer.steps / len(self.loaders.train))
         self.records: list[Record] = []
         if resumed is None:
-            self.folder = RunFolder.create(self.config.out, str(self.config.dataset))
+            self.folder = RunFolder.create(self.config.out, Path(str(self.config.dataset)).name)
             self.config = replace(self.config, out=None)  # another run of this config takes a new folder
         else:
             self.folder = resumed[0]

@@ -1,4 +1,4 @@
-"""Sources of images: a folder of IDX files, torchvision's download, or scikit-learn's digits."""
+"""Datasets by name: MNIST's family in IDX files, CIFAR and SVHN, scikit-learn's digits, and folders of pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmnist.beton.writer import ArrayStream, ImageStream
+from fastmnist.beton.writer import ArrayStream
 from fastmnist.errors import DataError
-from fastmnist.sources.idx import IdxFile
+from fastmnist.sources.colour import COLOUR, DIGITS, colour_source, missing_files
+from fastmnist.sources.idx import IdxFile, checksum
+from fastmnist.sources.source import Content, Source
 
-DIGITS = tuple(string.digits)
 LETTERS = tuple(string.ascii_uppercase)
 # "balanced" and "bymerge" count lower-case letters that look like their capitals as these.
 MERGED = DIGITS + LETTERS + tuple("abdefghnqrt")
@@ -32,7 +33,6 @@ FASHION = (
 )
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
-FLIPPED = ("cifar10", "cifar100")  # whose images mean the same from left to right and back
 SPLITS = ("train", "test")
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 0
@@ -89,25 +89,13 @@ FAMILY = (
     _emnist("mnist", DIGITS),
 )
 DATASETS = {dataset.name: dataset for dataset in FAMILY}
-NAMES = (*DATASETS, "digits")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One split of a dataset, ready to be written: a stream of images and labels (N,) int64."""
-
-    dataset: str
-    split: str
-    class_names: tuple[str, ...]
-    images: ImageStream
-    labels: np.ndarray
-    fingerprint: str
+NAMES = (*DATASETS, *COLOUR, "digits")
 
 
 def check_name(name: str) -> str:
     """Returns `name`; raises DataError with the known names when it is none of them."""
     if name not in NAMES:
-        raise DataError(f"unknown dataset {name!r}; there are {', '.join(NAMES)}")
+        raise DataError(f"unknown dataset {name!r}; there are {', '.join(NAMES)} and folder:PATH")
     return name
 
 
@@ -125,7 +113,10 @@ class _IdxImages:
 
 
 def folder_of(name: str, folder: Path) -> Path | None:
-    """The folder that holds the IDX files of `name`: `folder`, its `raw`, or torchvision's `MNIST/raw`; or None."""
+    """The folder that holds files of `name`: `folder`, for IDX files also its `raw` or `MNIST/raw`; or None."""
+    if name in COLOUR:
+        every = [file for split in SPLITS for file in COLOUR[name].files(split)]
+        return folder if len(missing_files(name, folder)) < len(every) else None
     dataset = DATASETS[name]
     for candidate in (folder, folder / "raw", folder / dataset.torchvision / "raw"):
         if any(_find(candidate, stem) for names in dataset.files.values() for stem in names):
@@ -168,14 +159,11 @@ def from_folder(name: str, split: str, folder: Path) -> Source:
             "they do not belong together"
         )
     labels = labels_file.read()[:, 0] if qmnist else labels_file.read()
-    return Source(
-        name,
-        split,
-        dataset.class_names,
-        _IdxImages(images, dataset.transposed),
-        _checked_labels(labels, dataset, paths[1]),
-        f"{name} {split}: images {images.checksum()}, labels {labels_file.checksum()}",
+    content = Content(
+        _IdxImages(images, dataset.transposed), _checked_labels(labels, dataset, paths[1]), dataset.class_names
     )
+    checksums = f"images {checksum(paths[0])}, labels {checksum(paths[1])}"
+    return Source(name, split, f"{name} {split}: {checksums}", lambda: content)
 
 
 def _checked_labels(labels: np.ndarray, dataset: Dataset, path: Path) -> np.ndarray:
@@ -197,25 +185,35 @@ def download(name: str, folder: Path) -> Path:
     """
     from torchvision import datasets
 
-    dataset = DATASETS[check_name(name)]
+    check_name(name)
     raw = folder_of(name, folder)
-    if raw is not None and all(_find(raw, stem) for names in dataset.files.values() for stem in names):
+    if raw is not None and _is_complete(name, raw):
         return raw  # an interrupted download leaves fewer files
+    if name in COLOUR:
+        reader, calls = COLOUR[name].reader, tuple(COLOUR[name].options.values())
+    else:
+        reader, calls = DATASETS[name].torchvision, DATASETS[name].torchvision_options
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for options in dataset.torchvision_options:
-            getattr(datasets, dataset.torchvision)(str(folder), download=True, **options)
+        for options in calls:
+            getattr(datasets, reader)(str(folder), download=True, **options)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{name} could not be downloaded ({reason}); with the IDX files at hand give --data-dir FOLDER, "
+            f"{name} could not be downloaded ({reason}); with its files at hand give --data-dir FOLDER, "
             "or train without a network with --dataset digits"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
     return folder_of(name, folder) or folder
+
+
+def _is_complete(name: str, folder: Path) -> bool:
+    if name in COLOUR:
+        return not missing_files(name, folder)
+    return all(_find(folder, stem) for names in DATASETS[name].files.values() for stem in names)
 
 
 def digits(split: str) -> Source:
@@ -240,19 +238,16 @@ def digits(split: str) -> Source:
         random_state=DIGITS_SEED,
     )
     chosen = np.sort(parts[SPLITS.index(split)])
-    return Source(
-        "digits",
-        split,
-        DIGITS,
-        ArrayStream(images[chosen]),
-        bunch.target[chosen].astype(np.int64),
-        f"digits {split}: scikit-learn, {len(chosen)} of {len(images)}",
-    )
+    content = Content(ArrayStream(images[chosen]), bunch.target[chosen].astype(np.int64), DIGITS)
+    fingerprint = f"digits {split}: scikit-learn, {len(chosen)} of {len(images)}"
+    return Source("digits", split, fingerprint, lambda: content)
 
 
 def open_source(name: str, split: str, folder: Path | None) -> Source:
-    """The split of any dataset by name; `folder` holds its IDX files, `digits` needs none."""
+    """The split of any dataset by name; `folder` holds its files, `digits` needs none."""
     if check_name(name) == "digits":
         return digits(split)
     assert folder is not None
+    if name in COLOUR:
+        return colour_source(name, split, folder)
     return from_folder(name, split, folder)

@@ -69,14 +69,6 @@ class IdxFile:
         """All values."""
         return np.concatenate(list(self.blocks(self.shape[0])))
 
-    def checksum(self) -> str:
-        """CRC-32 and size of the file's bytes on disk."""
-        checksum, size = 0, 0
-        with _data_errors(self.path), open(self.path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-        return f"{checksum:08x}-{size}"
-
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
         opener: Any = gzip.open if self.path.suffix == ".gz" else open
@@ -98,6 +90,15 @@ class IdxFile:
         if not all(shape):
             raise DataError(f"{self.path}: its header gives the empty shape {shape}; fetch it again")
         return np.dtype(IDX_TYPES[magic[2]]), shape
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 and size of a file's bytes on disk."""
+    found, size = 0, 0
+    with _data_errors(path), open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            found, size = zlib.crc32(chunk, found), size + len(chunk)
+    return f"{found:08x}-{size}"
 
 
 def _read(file: IO[bytes], size: int) -> bytes:

@@ -24,7 +24,7 @@ from fastmnist.loader.loader import Loader
 from fastmnist.loader.normalise import AnyMoments
 from fastmnist.loader_settings import LOADER_SETTINGS, LoaderName
 from fastmnist.prepare.prepare import prepare
-from fastmnist.sources.datasets import FLIPPED
+from fastmnist.sources.colour import FLIPPED
 from fastmnist.system.environment import versions
 from fastmnist.system.machine import choose_device
 from fastmnist.system.processes import check_agreement, check_launch, first_on_each_machine, launched, world_size
@@ -211,7 +211,13 @@ class Session:
     def _open(config: TrainConfig, reporter: Reporter) -> tuple[RunFiles, TrainConfig]:
         """Writes the files that are missing, opens both, and fills in every setting that depends on them."""
         with first_on_each_machine():
-            prepared = prepare(config.dataset, config.data_dir, config.cache_dir, progress=reporter.writing)
+            prepared = prepare(
+                config.dataset,
+                config.data_dir,
+                config.cache_dir,
+                image_size=config.image_size,
+                progress=reporter.writing,
+            )
         train, test = Beton(prepared.train, config.verify), Beton(prepared.test, config.verify)
         if train.image_shape != test.image_shape or max(test.labels) >= len(train.class_names):
             raise DataError(

@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
 from fastmnist.errors import FastmnistError
-from fastmnist.inference import picture as picture_module
-from fastmnist.inference.picture import MAX_PIXELS, mnist_like, open_picture, read_picture
+from fastmnist.inference.picture import mnist_like, read_picture
+from fastmnist.sources import pictures
+from fastmnist.sources.pictures import MAX_PIXELS, open_picture
 
 UP = Image.Resampling.BICUBIC
 
@@ -335,7 +336,7 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch, width
 def test_the_largest_picture_is_still_read(monkeypatch):
     content = io.BytesIO()
     DIGITS[1].save(content, "PNG")
-    monkeypatch.setattr(picture_module, "MAX_PIXELS", 96 * 96)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 96 * 96)
     assert open_picture(content, "it").size == (96, 96)
 
 
