@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from fastmnist.measure.doctor import Evidence
+from fastmnist.measure.diagnosis import Evidence
 from fastmnist.system.numbers import milliseconds, rough_percent
 
 LEAST = 0.1  # of a step; two equal processes on two cores of a shared machine differed by up to 0.06

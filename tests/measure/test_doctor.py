@@ -21,7 +21,8 @@ from fastmnist.measure import batches as batches_module
 from fastmnist.measure import doctor as module
 from fastmnist.measure import step as step_module
 from fastmnist.measure.changes import compare
-from fastmnist.measure.doctor import Diagnosis, Evidence, diagnose_training, doctor, judge
+from fastmnist.measure.diagnosis import COPYING_LEAST, QUEUED_LEAST, WAITING_LEAST, Diagnosis, Evidence, judge
+from fastmnist.measure.doctor import diagnose_training, doctor
 from fastmnist.system import scheduling, statistics
 from fastmnist.system.progress import Reporter
 from fastmnist.system.scheduling import CoreUse, Host, thread_times
@@ -78,6 +79,7 @@ def system(clock, monkeypatch):
     made = System(clock)
     monkeypatch.setattr(module, "thread_times", made.thread_times)
     monkeypatch.setattr(module, "limit_periods", list)
+    monkeypatch.setattr(module, "TINY", 0)  # most steps below take as long for any batch
     for counts in ("cpu_count", "physical_cores"):
         monkeypatch.setattr(scheduling, counts, lambda: CORES)
     monkeypatch.setattr(torch, "get_num_threads", lambda: CORES)
@@ -136,6 +138,38 @@ def test_a_slow_model(clock):
     of_pair = doctor(batches(), lambda images, labels: clock.sleep(PAUSE), seconds=1, device="cpu")
     assert of_pair.kind == "model"
     assert of_pair.evidence.gain.median == pytest.approx(found.evidence.gain.median, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "fixed", "kind"), [(8, 1.0, "batch"), (64, 0.95, "batch"), (8, 0.0, "model"), (128, 1.0, "model")]
+)
+def test_a_batch_that_is_too_small(clock, monkeypatch, size, fixed, kind):
+    """`fixed` is the share of a step that does not depend on its images."""
+    monkeypatch.setattr(module, "TINY", 64)
+    found = check(
+        doctor(
+            batches(size=size),
+            lambda batch: clock.sleep(PAUSE * (fixed + (1 - fixed) * len(batch[0]) / size)),
+            seconds=2,
+            device="cpu",
+        )
+    )
+    assert found.kind == kind
+    if kind == "batch":
+        assert found.evidence.half_batch.median == pytest.approx((1 + fixed) / 2, abs=0.01)
+        assert str(size) in found.verdict
+
+
+def test_a_step_that_takes_no_half_of_a_batch(clock, monkeypatch):
+    monkeypatch.setattr(module, "TINY", 64)
+
+    def step(images, labels):
+        assert len(images) == BATCH, "of eight, please"
+        clock.sleep(PAUSE)
+
+    found = check(doctor(batches(), step, seconds=1, device="cpu"))
+    assert found.kind == "model"
+    assert "of eight, please" in found.evidence.notes[0]
 
 
 def test_a_slow_loader_and_a_slow_model_share_the_step(clock):
@@ -372,10 +406,10 @@ shares = st.floats(0, 0.99)
 def test_every_verdict_has_its_reason(waiting, copying, by, lost, queued):
     found = evidence(1 / (1 - waiting), copying=copying, copied_by=by, device="cuda", lost=lost, queued=queued)
     kind = check(Diagnosis(*judge(found, "a tuner"), found)).kind
-    assert (kind != "loader") or waiting >= module.WAITING_LEAST * 0.999
-    assert (kind != "copy") or found.shares["copying"] >= module.COPYING_LEAST
-    assert (kind != "host") or (lost >= scheduling.LOST_LEAST and queued < module.QUEUED_LEAST)
-    assert (kind != "model") or waiting < module.WAITING_LEAST * 1.01
+    assert (kind != "loader") or waiting >= WAITING_LEAST * 0.999
+    assert (kind != "copy") or found.shares["copying"] >= COPYING_LEAST
+    assert (kind != "host") or (lost >= scheduling.LOST_LEAST and queued < QUEUED_LEAST)
+    assert (kind != "model") or waiting < WAITING_LEAST * 1.01
     if kind == "host":  # the more is lost, the more it is the host
         worse = replace(found.host, lost=summary(min(1.0, lost * 1.1)))
         assert judge(replace(found, host=worse), "a tuner")[0] == "host"
