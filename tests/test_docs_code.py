@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -287,6 +288,12 @@ def test_frameworks_in_several_processes() -> None:
 def test_each_page_with_code_is_tested() -> None:
     with_code = {page.name for page in DOCS.glob("*.md") if "```python" in page.read_text()}
     assert with_code == {"loader.md", "several-gpus.md", "tuning.md", "your-data.md", "your-loop.md"}
+
+
+def test_other_loaders_names_tests_that_are_there() -> None:
+    named = set(re.findall(r"tests/[\w/]+\.py", (DOCS / "other-loaders.md").read_text()))
+    assert len(named) > 5
+    assert {path for path in named if not (ROOT / path).is_file()} == set()
 
 
 # Loader
