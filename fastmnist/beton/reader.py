@@ -60,7 +60,7 @@ class Beton:
         data: (file size,) uint8, the whole file, memory-mapped read-only.
         offsets: (N,) int64, where each image starts in `data`.
         labels: (N,) int64.
-        image_shape: (H, W, C).
+        image_shape: (H, W, C). stored_shape: as the file describes it, (H, W) or (H, W, C).
         descriptor: of the open file, for reads that bypass the map.
         image_field, label_field: the fields' names, for FFCV's pipelines.
         integrity: the block that our own writer adds, of integrity_size bytes; None for a file that FFCV wrote.
@@ -192,6 +192,7 @@ class Beton:
         dtype, shape = self._parse_image_type(image["arguments"].tobytes())
         if dtype != "|u1" or len(shape) not in (2, 3) or not all(0 < n <= MAX_SIDE for n in shape):
             raise DataError(f"{self.path}: its images are {shape} of {dtype}; fastmnist reads (H, W[, C]) uint8")
+        self.stored_shape = shape
         self.image_shape = (shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
         self.image_size = int(np.prod(self.image_shape))
         columns = {NDARRAY_FIELD: "image", INT_FIELD: "label"}

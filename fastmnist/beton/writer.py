@@ -101,9 +101,9 @@ def write_beton(
         FastmnistError: the file cannot be written.
     """
     path = Path(path)
-    stream, labels = _opened(images, labels, resize, path)
+    stream, labels = open_images(images, labels, resize, path)
     class_names = class_names or getattr(stream, "class_names", ())
-    labels = _checked_labels(stream, labels, class_names, path)
+    labels = checked_labels(stream, labels, class_names, path)
     image_shape = stream.shape[1:]
     layout = Layout(
         count=stream.shape[0],
@@ -168,14 +168,18 @@ def _pages(stream: ImageStream, labels: np.ndarray, layout: Layout, path: Path) 
         yield Page(content, zlib.crc32(content.data), moments)
 
 
-def _opened(
-    images: Any, labels: np.ndarray | Sequence[int] | None, resize: tuple[int, int] | None, path: Path
+def open_images(
+    images: Any,
+    labels: np.ndarray | Sequence[int] | None,
+    resize: tuple[int, int] | None,
+    path: Path,
+    like: tuple[int, ...] | None = None,
 ) -> tuple[ImageStream, np.ndarray | Sequence[int] | None]:
-    """The images as a stream, and their labels."""
+    """The images as a stream, and their labels as they came; arguments as of `write_beton` and `DatasetStream`."""
     if is_dataset(images) and not callable(getattr(images, "blocks", None)):
         if labels is not None:
             raise DataError(f"{path}: a dataset brings its labels; leave the argument labels out")
-        stream = DatasetStream(images, path, resize=resize)
+        stream = DatasetStream(images, path, resize=resize, like=like)
         return stream, stream.labels
     if resize is not None:
         raise ConfigError("resize is for a dataset's images; an array or a stream has one size already")
@@ -196,9 +200,10 @@ def _checked_stream(images: Any, path: Path) -> ImageStream:
     raise DataError(f"{path}: images come as {type(images).__name__}, not as an array; {way} (docs/your-data.md)")
 
 
-def _checked_labels(
+def checked_labels(
     stream: ImageStream, labels: np.ndarray | Sequence[int] | None, class_names: Sequence[str], path: Path
 ) -> np.ndarray:
+    """The labels (N,) int64; raises DataError where they do not fit the stream, or the stream's shape cannot be."""
     if labels is None:
         raise DataError(f"{path}: the images come without labels; give one integer per image")
     labels = np.asarray(labels)

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
+from fastmnist.beton.editing import append_beton
 from fastmnist.beton.reader import Beton
 from fastmnist.beton.writer import PAGE_SIZE
 from fastmnist.errors import DataError
@@ -21,11 +22,17 @@ SHAPES = [(28, 28), (9, 7), (5, 4, 3)]
 
 @pytest.fixture(scope="module")
 def ours(scratch, write_small_beton):
-    """Our files: (path, images, labels) by shape. The first is of more than two pages, the last one not full."""
+    """Our files: (path, images, labels) by shape. The first is of more than two pages, the last one not full.
+
+    The last one was appended to.
+    """
     made = {}
     for shape in SHAPES:
         path = scratch() / "ours.beton"
         made[shape] = (path, *write_small_beton(path, 2 * PAGE_SIZE // 784 + 30 if shape == (28, 28) else 333, shape))
+    path, images, labels = made[SHAPES[-1]]
+    append_beton(path, images[:100], labels[:100])
+    made[SHAPES[-1]] = path, np.concatenate([images, images[:100]]), np.concatenate([labels, labels[:100]])
     return made
 
 
@@ -144,6 +151,16 @@ def test_a_file_of_three_channels_and_other_field_names_is_read(write_with_ffcv,
     file = Beton(write_with_ffcv(list(zip(images, labels.tolist(), strict=True)), fields), verify="full")
     np.testing.assert_array_equal(file.images(np.arange(40)), images)
     assert (file.image_field, file.label_field) == ("picture", "class")
+
+
+def test_ffcvs_file_can_be_appended_to(theirs, scratch):
+    path, images, labels = theirs["label", 1]
+    copy = scratch() / "copy.beton"
+    copy.write_bytes(path.read_bytes())
+    append_beton(copy, images[:3], labels[:3])
+    with Beton(copy, verify="full") as file:
+        np.testing.assert_array_equal(file.images(np.arange(503))[..., 0], np.concatenate([images, images[:3]]))
+        np.testing.assert_array_equal(file.labels, np.concatenate([labels, labels[:3]]))
 
 
 def test_verify_content_says_that_there_are_no_checksums(theirs):
