@@ -329,6 +329,13 @@ def test_loader() -> None:
     assert names["labels"].tolist() == labels[names["darkest"]].tolist()
     assert names["images"].shape == (8, 1, 28, 28)
     assert len(rows_of(names["loader"])) == (names["brightness"] > np.median(names["brightness"])).sum()
+    exec(code["Arrays without a file"], names)
+    assert_normalised(names["loader"], names["loader"].file.moments)
+    assert next(iter(names["loader"]))[0].shape == (128, 3, 32, 32)
+    exec(code["Several files"], names)
+    rows = np.array(rows_of(names["both"]))
+    assert len(rows) == 2000
+    assert stats.binomtest(int((rows < 1000).sum()), 2000, 0.7).pvalue > 0.001
 
 
 # Doctor and tuner

@@ -37,6 +37,7 @@ MOST_WORKERS = 4  # that workers=None takes
 class Baseline(EpochLoader):
     """A loader to compare with: it makes one dtype, and closing it ends what still runs."""
 
+    file: Beton
     makes: ClassVar[torch.dtype] = torch.uint8
 
     def __init__(self, data: Data, batch_size: int = 512, **common: Any) -> None:

@@ -294,6 +294,11 @@ class Beton:
             return self.integrity.class_names
         return tuple(str(n) for n in range(int(self.labels.max()) + 1))
 
+    @property
+    def split(self) -> str:
+        """As it was written; "" where no split was named."""
+        return self.integrity.split if self.integrity else ""
+
     @cached_property
     def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, std), each one float per channel, of pixel values scaled to [0, 1]; for FFCV's files one pass."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _NO_WORKERS = "there are no worker processes; threads= gathers a batch on several cores, 0 takes as many as pay"
 _ON_DEVICE = "batches arrive on the device that device= names, through pinned memory where that pays"
 INSTEAD: Mapping[str, str] = {
-    "dataset": "data= is a file that fastmnist.write_beton or fastmnist.compile_dataset wrote",
+    "dataset": "data= is a file that fastmnist.write_beton or fastmnist.compile_dataset wrote, or several; "
+    "Loader.from_arrays(images, labels) takes arrays",
     "num_workers": _NO_WORKERS,
     "persistent_workers": _NO_WORKERS,
     "multiprocessing_context": _NO_WORKERS,

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -18,8 +17,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 import torch
 
-from fastmnist.beton.reader import Beton, Verify, open_again
+from fastmnist.beton.reader import Beton, Verify
 from fastmnist.errors import ConfigError, DataError, whole_number
+from fastmnist.loader.arrays import Arrays, Samples
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.device import on_device
 from fastmnist.loader.host import Batch
@@ -60,7 +60,7 @@ class EpochLoader(ABC):
 
     def __init__(
         self,
-        data: str | os.PathLike[str] | Beton,
+        data: str | os.PathLike[str] | Samples,
         batch_size: int = 512,
         *,
         shuffle: bool = True,
@@ -87,8 +87,8 @@ class EpochLoader(ABC):
             raise ConfigError("moments normalise images of a float dtype; torch.uint8 hands out the stored values")
         check_choice("order", order, ("auto", *get_args(Kind)))
         check_choice("uneven", uneven, get_args(Uneven))
-        self._owns_file = not isinstance(data, Beton)
-        self.file = data if isinstance(data, Beton) else Beton(data, verify)
+        self._owns_file = not isinstance(data, (Beton, Arrays))
+        self.file: Samples = data if isinstance(data, (Beton, Arrays)) else Beton(data, verify)
         self.file.check_unchanged()
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self.device, self.dtype, self.augment = choose_device(device), dtype, augment
@@ -109,6 +109,8 @@ class EpochLoader(ABC):
         """The order of `samples` (n,) int64 in each epoch; ConfigError where the settings do not work for them."""
         pages = None
         if self.order == "quasi_random":
+            if not isinstance(self.file, Beton):
+                raise ConfigError("order='quasi_random' spares a disk; these samples are in memory: take 'random'")
             pages = (self.file.offsets[samples] // self.file.page_size).astype(np.int32)
         order = EpochOrder(
             samples,
@@ -289,7 +291,7 @@ class EpochLoader(ABC):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process opens the file itself and continues with the same batch."""
         self._check_open()
-        return _restored, (type(self), *self.file.identity(), self._settings(), self.state_dict())
+        return _restored, (type(self), self.file.__reduce__(), self._settings(), self.state_dict())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -393,9 +395,10 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _restored(
-    kind: type[EpochLoader], path: Path, fingerprint: str, settings: dict[str, Any], state: dict[str, Any]
+    kind: type[EpochLoader], file: tuple[Any, ...], settings: dict[str, Any], state: dict[str, Any]
 ) -> EpochLoader:
-    loader = kind(open_again(path, fingerprint), **settings)
+    make, arguments = file
+    loader = kind(make(*arguments), **settings)
     loader._owns_file = True  # nobody else has it
     loader.load_state_dict(state)
     return loader

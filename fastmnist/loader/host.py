@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastmnist.beton.reader import Beton
+from fastmnist.loader.arrays import Samples
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.kernels import gather, gather_float32, gather_looked_up, mend_array_types
@@ -44,7 +44,7 @@ class SampleCopy:
         places: (samples of the file,) int64, where in both each copied sample is.
     """
 
-    def __init__(self, file: Beton, samples: np.ndarray) -> None:
+    def __init__(self, file: Samples, samples: np.ndarray) -> None:
         mend_array_types()
         self.images = np.empty((len(samples), file.image_size), np.uint8)
         gather(file.data, file.offsets, samples, 0, self.images)
@@ -163,7 +163,7 @@ class HostGatherer:
 
     def __init__(
         self,
-        file: Beton,
+        file: Samples,
         batch_size: int,
         dtype: torch.dtype,
         augment: Augmentation | None,

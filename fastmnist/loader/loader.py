@@ -6,7 +6,7 @@ An epoch's way: order -> plan (`_plan`) -> parts (`_parts`) -> memory -> batches
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from fastmnist.beton.reader import Beton, Verify
 from fastmnist.errors import ConfigError, whole_number
+from fastmnist.loader.arrays import Arrays, Samples, on_host, read_together
 from fastmnist.loader.as_dataloader import LoaderBatchSampler, LoaderDataset, collate, positions_of, refuse_arguments
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.device import DeviceGatherer, Finish, PinnedCopier, PlainCopier
@@ -43,7 +44,8 @@ class Loader(EpochLoader):
     A loader may be pickled, and used in a forked child; one thread at a time may iterate over it.
 
     Args:
-        data: a `.beton` file, or one that is open already.
+        data: a `.beton` file, or one that is open already. Or a list of such, whose samples count as one after another;
+            images of one shape and the same class names are needed. Several are read into memory.
         batch_size: images per batch.
         shuffle: a new order each epoch; otherwise the file's order.
         seed: of the order and of the augmentation, 0 or more.
@@ -78,6 +80,7 @@ class Loader(EpochLoader):
             is among the samples that are left.
         epoch_samples: of all processes together; None takes as many as there are indices. Fewer, without weights, are
             others in each epoch.
+        mix: of several files, the share of an epoch's samples that each has, on average; within a file by `weights`.
         verify: how the file is checked when it is opened here ("size" or "full").
 
     Yields:
@@ -121,7 +124,7 @@ class Loader(EpochLoader):
 
     def __init__(
         self,
-        data: str | os.PathLike[str] | Beton,
+        data: str | os.PathLike[str] | Samples | Sequence[str | os.PathLike[str] | Beton],
         batch_size: int = 512,
         *,
         shuffle: bool = True,
@@ -143,26 +146,32 @@ class Loader(EpochLoader):
         balanced: bool = False,
         replacement: bool = True,
         epoch_samples: int | None = None,
+        mix: Sequence[float] | None = None,
         verify: Verify = "size",
         **other: Any,
     ) -> None:
         refuse_arguments(other)
-        if not isinstance(data, (str, os.PathLike, Beton)):
+        if not isinstance(data, (str, os.PathLike, Beton, Arrays, list, tuple)):
             raise ConfigError(
                 f"Loader reads a compiled file, no {type(data).__name__}; fastmnist.write_beton(path, images, labels) "
-                "writes one (docs/your-data.md)"
+                "writes one (docs/your-data.md), Loader.from_arrays(images, labels) takes arrays"
             )
         threads, prefetch = checked_numbers(OURS, threads=threads, prefetch=prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
-        file, target = data if isinstance(data, Beton) else Beton(data, verify), choose_device(device)
+        file: Samples
+        if isinstance(data, (list, tuple)):
+            file = read_together(data, verify)
+        else:
+            file = data if isinstance(data, (Beton, Arrays)) else Beton(data, verify)
+        target = choose_device(device)
         own = None
         if callable(order):
             own, order = order, "random"
         if placement == "auto":
-            samples = len(file) if indices is None else np.size(indices)
+            samples = len(file) if indices is None else np.size(on_host(indices))
             placement = _choose_placement(target, samples * file.image_size)
-        if order == "auto" and shuffle and placement == "stream" and file.file_size > available_memory():
-            order = "quasi_random"
+        if order == "auto" and shuffle and placement == "stream" and isinstance(file, Beton):
+            order = "quasi_random" if file.file_size > available_memory() else "random"
         super().__init__(
             file,
             batch_size,
@@ -178,7 +187,7 @@ class Loader(EpochLoader):
             world_size=world_size,
             uneven=uneven,
             indices=indices,
-            sampling=Sampling(weights, balanced, replacement, epoch_samples, own),
+            sampling=Sampling(weights, balanced, replacement, epoch_samples, order=own, mix=mix),
         )
         self._owns_file = file is not data
         self.placement, self.threads, self.prefetch = placement, threads, prefetch
@@ -192,6 +201,34 @@ class Loader(EpochLoader):
         self._sampled_epoch = 0  # that `batch_sampler` began last
         self._data, self._offsets = file.data, file.offsets
         self._memory = self._make_memory()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: np.ndarray | torch.Tensor,
+        labels: np.ndarray | torch.Tensor | Sequence[int],
+        *,
+        class_names: Sequence[str] = (),
+        split: str = "",
+        **settings: Any,
+    ) -> Loader:
+        """A loader of samples in memory, without a file.
+
+        Args:
+            images: (N, H, W) or (N, H, W, C) uint8, of numpy or torch; a C-contiguous one is not copied.
+            labels: (N,) integers from 0.
+            class_names, split: as of `write_beton`. settings: as of `Loader`.
+
+        Raises:
+            DataError: images and labels are no arrays of that kind. ConfigError: as of `Loader`.
+
+        >>> loader = Loader.from_arrays(torch.zeros(100, 28, 28, dtype=torch.uint8), range(100), batch_size=32)
+        >>> [len(labels) for images, labels in loader]
+        [32, 32, 32, 4]
+        """
+        loader = cls(Arrays(images, labels, class_names, split), **settings)
+        loader._owns_file = True
+        return loader
 
     def _make_memory(self) -> HostGatherer | DeviceGatherer | PinnedCopier | PlainCopier:
         """The object that makes batches of parts; sets `_data` and `_offsets`, the images of a part."""
@@ -256,7 +293,7 @@ class Loader(EpochLoader):
         """The plan from batch `first` on, in parts of `step` samples; by default of whole batches."""
         step = step or max(1, PART_SAMPLES // self.batch_size) * self.batch_size
         begin, end, reader = first * self.batch_size, self._taken(plan), None
-        if self.placement == "stream" and len(plan.windows) > 1:
+        if isinstance(self.file, Beton) and self.placement == "stream" and len(plan.windows) > 1:
             lag = self._memory.lag
             reader = WindowReader(self.file, plan.windows, first=begin, step=step, lag=lag, helper=self._page_reader)
         for start in range(begin, end, step):

@@ -10,9 +10,10 @@ import torch
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError
+from fastmnist.loader.arrays import Arrays, Samples
 
 Moments = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std), one of each per channel, of values in [0, 1]
-AnyMoments = str | os.PathLike[str] | Beton | Sequence[Sequence[float] | float]  # what `moments=` takes
+AnyMoments = str | os.PathLike[str] | Samples | Sequence[Sequence[float] | float]  # what `moments=` takes
 
 
 class Normaliser:
@@ -50,7 +51,7 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float], dtype: torc
     return table
 
 
-def choose_moments(file: Beton, moments: AnyMoments | None) -> Moments:
+def choose_moments(file: Samples, moments: AnyMoments | None) -> Moments:
     """The moments that images of `file` are normalised with.
 
     Args:
@@ -62,8 +63,8 @@ def choose_moments(file: Beton, moments: AnyMoments | None) -> Moments:
         DataError: the file that `moments` names cannot be used.
     """
     if moments is None:
-        if not (file.integrity and file.integrity.split.startswith("train")):
-            split = f"the split {file.integrity.split!r}" if file.integrity and file.integrity.split else "no split"
+        if not file.split.startswith("train"):
+            split = f"the split {file.split!r}" if file.split else "no split"
             raise ConfigError(
                 f"{file.path} names {split}, not 'train': give moments=, the file of the training images or "
                 "(mean, std), so that training and test images are normalised alike"
@@ -72,7 +73,7 @@ def choose_moments(file: Beton, moments: AnyMoments | None) -> Moments:
     if isinstance(moments, (str, os.PathLike)):
         with Beton(moments) as other:
             return choose_moments(file, other.moments)
-    if isinstance(moments, Beton):
+    if isinstance(moments, (Beton, Arrays)):
         return choose_moments(file, moments.moments)
     channels = file.image_shape[2]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, whole_number
+from fastmnist.loader.arrays import Arrays, Samples, on_host
 from fastmnist.loader.kernels import jit
 from fastmnist.loader.order import ORDER_STREAM, Draw, Kind, bit_generator, random_bits
 
@@ -33,29 +34,33 @@ class Sampling:
         replacement: bool = True,
         epoch_samples: int | None = None,
         order: OrderFunction | None = None,
+        mix: Sequence[float] | None = None,
     ) -> None:
+        self.mix = None if mix is None else checked_mix(mix)
         self.order = order
         self.weights = None if weights is None else checked_weights(weights)
         self.balanced, self.replacement = balanced, replacement
         self.epoch_samples = None if epoch_samples is None else whole_number("epoch_samples", epoch_samples, 1)
 
-    def draw(self, file: Beton, samples: np.ndarray, kind: Kind) -> Draw | None:
+    def draw(self, file: Samples, samples: np.ndarray, kind: Kind) -> Draw | None:
         """What draws an epoch's rows among `samples` (n,) of the file; None where each comes at most once, by `kind`.
 
         Raises:
             ConfigError: the settings cannot work for these samples, or not together.
         """
-        weighted = self.weights is not None or self.balanced
+        weighted = self.weights is not None or self.balanced or self.mix is not None
         if self.order is not None:
             if weighted:
-                raise ConfigError("an order of your own chooses the samples itself: leave out weights and balanced")
+                raise ConfigError(
+                    "an order of your own chooses the samples itself: leave out weights, balanced and mix"
+                )
             return OwnOrder(self.order, len(file), self.epoch_samples)
         if not weighted:
             self._check_subset(len(samples), kind)
             return None
         if kind != "random":
             raise ConfigError(
-                f"weights and balanced draw each sample from the whole file, which order {kind!r} cannot; "
+                f"weights, balanced and mix draw each sample from all of them, which order {kind!r} cannot; "
                 "take order='random'"
             )
         weights = np.ones(len(samples)) if self.weights is None else self.weights
@@ -65,9 +70,23 @@ class Sampling:
             )
         if self.balanced:
             _, classes = np.unique(file.labels[samples], return_inverse=True)
-            weights = in_equal_shares(weights, classes)
+            weights = in_shares(weights, classes, np.ones(classes.max() + 1))
+        if self.mix is not None:
+            weights = self._mixed(file, samples, weights)
         count = len(samples) if self.epoch_samples is None else self.epoch_samples
         return Weighted(weights, count, self.replacement)
+
+    def _mixed(self, file: Samples, samples: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        parts = file.parts if isinstance(file, Arrays) else (len(file),)
+        if self.balanced:
+            raise ConfigError("balanced and mix contradict each other: give weights, which count within each file")
+        if len(self.mix or ()) != len(parts):
+            raise ConfigError(f"mix {self.mix} must have one share for each file: {len(parts)}")
+        files, shares = np.searchsorted(np.cumsum(parts), samples, side="right"), np.array(self.mix)
+        sums = np.bincount(files, weights, minlength=len(shares))
+        if (empty := np.flatnonzero((sums == 0) & (shares > 0))).size:
+            raise ConfigError(f"mix gives file {empty[0]} a share of {shares[empty[0]]}, but it has no sample to draw")
+        return in_shares(weights, files, shares)
 
     def _check_subset(self, samples: int, kind: Kind) -> None:
         if self.epoch_samples is None or self.epoch_samples == samples:
@@ -191,21 +210,33 @@ def _invert(cumulative, first, bits, places):  # type: ignore[no-untyped-def]
         places[i] = place
 
 
-def in_equal_shares(weights: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """`weights` (n,) scaled so that each group, of `groups` (n,) from 0, has the same sum; or 0, if it has no weight.
+def in_shares(weights: np.ndarray, groups: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """`weights` (n,) scaled so that those of each group k, of `groups` (n,), add up to shares[k], or stay 0.
 
-    >>> in_equal_shares(np.ones(5), np.array([0, 1, 1, 1, 1]))
-    array([1.  , 0.25, 0.25, 0.25, 0.25])
+    >>> in_shares(np.ones(5), np.array([0, 1, 1, 1, 1]), np.array([0.6, 0.4]))
+    array([0.6, 0.1, 0.1, 0.1, 0.1])
     """
-    sums = np.bincount(groups, weights)
-    return weights / np.where(sums > 0, sums, 1.0)[groups]
+    sums = np.bincount(groups, weights, minlength=len(shares))
+    scaled: np.ndarray = weights * (shares / np.where(sums > 0, sums, 1.0))[groups]
+    return scaled
+
+
+def checked_mix(mix: Sequence[float]) -> tuple[float, ...]:
+    """The shares of an epoch that several files have; ConfigError where they are negative or do not add up to 1."""
+    try:
+        shares = np.array(mix, np.float64)
+    except (TypeError, ValueError):
+        shares = np.empty(0)
+    if shares.ndim != 1 or not (shares >= 0).all() or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
+        raise ConfigError(f"mix {mix} must be shares of at least 0, one for each file, that add up to 1")
+    return tuple(shares.tolist())
 
 
 def checked_weights(weights: Numbers) -> np.ndarray:
     """(n,) float64, a copy; ConfigError where some are no numbers, negative or not finite, or all are 0."""
     wanted = "weights must be a list of finite numbers of at least 0, one for each of indices"
     try:
-        found = np.array(_on_host(weights), np.float64)
+        found = np.array(on_host(weights), np.float64)
     except (TypeError, ValueError):
         raise ConfigError(f"{wanted}; got a {type(weights).__name__} of something else") from None
     if found.ndim != 1:
@@ -220,7 +251,7 @@ def checked_weights(weights: Numbers) -> np.ndarray:
 
 def checked_rows(indices: Rows, samples: int, name: str = "indices") -> np.ndarray:
     """(n,) int64, a copy, which the kernels rely on; ConfigError where some are no row of a file of `samples`."""
-    chosen = np.array(_on_host(indices))
+    chosen = np.array(on_host(indices))
     if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
         raise ConfigError(f"{name} must be whole numbers, not {chosen.dtype}; for a mask use np.flatnonzero(mask)")
     chosen = chosen.astype(np.int64)
@@ -230,7 +261,3 @@ def checked_rows(indices: Rows, samples: int, name: str = "indices") -> np.ndarr
             f"got shape {chosen.shape}, values {chosen.min(initial=0)} to {chosen.max(initial=0)}"
         )
     return chosen
-
-
-def _on_host(values: Any) -> Any:
-    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values

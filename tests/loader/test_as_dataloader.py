@@ -85,9 +85,9 @@ def test_each_argument_of_dataloader_is_taken_or_answered(samples):
         Loader(samples[0], nonsense=1)
 
 
-@pytest.mark.parametrize("data", [[1, 2], np.zeros((3, 28, 28), np.uint8), torch.zeros(3), None])
+@pytest.mark.parametrize("data", [np.zeros((3, 28, 28), np.uint8), torch.zeros(3), None])
 def test_what_is_no_file_is_refused(data):
-    with pytest.raises(ConfigError, match=f"no {type(data).__name__}; .*write_beton"):
+    with pytest.raises(ConfigError, match=f"no {type(data).__name__}; .*write_beton.*from_arrays"):
         Loader(data)
 
 

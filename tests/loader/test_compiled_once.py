@@ -42,6 +42,7 @@ ALL_PATHS = """
                 for more in ({}, {"shuffle": False}, {"indices": range(50)}, {"rank": 1, "world_size": 3}):
                     epochs(batch_size, dtype=dtype, placement=placement, **more)
         epochs(batch_size, dtype=torch.float32, augment=Augmentation(1.0), order="quasi_random", threads=2)
+        list(Loader.from_arrays(torch.zeros(30, 6, 5, dtype=torch.uint8), range(30), batch_size=batch_size))
         epochs(batch_size, weights=torch.ones(300), epoch_samples=10)
     assert before == {name: list(function.signatures) for name, function in functions.items()}
     print(json.dumps({n: [len(f.signatures), sum(f.stats.cache_misses.values())] for n, f in functions.items()}))
