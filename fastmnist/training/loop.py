@@ -299,7 +299,7 @@ class Trainer:
                 if world_size() > 1:
                     readbacks.finish()
                 logged, ticked = done, self.seconds
-            elif self.seconds - ticked > tick_seconds and not readbacks.pending:
+            elif world_size() == 1 and self.seconds - ticked > tick_seconds and not readbacks.pending:
                 readbacks.request(logged, done, self.step, tell(on_tick))
                 ticked = self.seconds
             else:
