@@ -64,6 +64,8 @@ class LoaderDataset(Dataset[Batch]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Batch]:
+        if self._loader.views > 1:
+            raise ConfigError("samples one by one have no views; iterate over the loader, or make one with views=1")
         rows = self._loader.indices[np.asarray(positions, np.int64)]
         return list(zip(*self._loader.get(rows, self._loader._sampled_epoch), strict=True))
 

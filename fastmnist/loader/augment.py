@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastmnist.config import TrainConfig
 from fastmnist.errors import ConfigError
-from fastmnist.loader.order import FLIP_STREAM, sample_uniforms
+from fastmnist.loader.order import AUGMENT_STREAM, FLIP_STREAM, VIEW_STREAMS, sample_uniforms
 from fastmnist.loader.warp import gather_warped, similarities
 
 DRAWS = 4
@@ -24,7 +24,7 @@ DRAWS = 4
 class Augmentation:
     """Strengths of a random shift, rotation and scale, drawn uniformly up to these maxima, and a random flip.
 
-    A draw is a pure function of (seed, epoch, sample). With and without the flip, the others draw the same.
+    A draw is a pure function of (seed, epoch, view, sample). With and without the flip, the others draw the same.
 
     Attributes:
         shift: pixels, along each axis. rotation: degrees. scale: relative change of size; 0.1 draws from 0.9 to 1.1.
@@ -67,15 +67,22 @@ class Augmentation:
         """(3,) float64: shift in pixels, rotation in radians, change of size."""
         return np.array([self.shift, math.radians(self.rotation), self.scale])
 
-    def draw(self, samples: int, seed: int, epoch: int) -> np.ndarray:
+    def draw(self, samples: int, seed: int, epoch: int, view: int = 0) -> np.ndarray:
         """(samples, 4) float32 in [-1, 1), or (samples, 5) with the flip's, for `matrices`.
 
-        Row i belongs to sample i, whatever `samples` is.
+        Row i belongs to sample i, whatever `samples` is. Each view of an image has draws of its own.
         """
-        draws = sample_uniforms(samples, seed, epoch, DRAWS)
+        first = VIEW_STREAMS * view
+        draws = sample_uniforms(samples, seed, epoch, DRAWS, first + AUGMENT_STREAM)
         if self.flip:
-            draws = np.concatenate([draws, sample_uniforms(samples, seed, epoch, 1, FLIP_STREAM)], axis=1)
+            draws = np.concatenate([draws, sample_uniforms(samples, seed, epoch, 1, first + FLIP_STREAM)], axis=1)
         return draws * 2 - 1
+
+    def draw_views(self, samples: int, seed: int, epoch: int, views: int) -> np.ndarray:
+        """`draw` of one view, or (samples, views, 4 or 5) of several."""
+        if views == 1:
+            return self.draw(samples, seed, epoch)
+        return np.stack([self.draw(samples, seed, epoch, view) for view in range(views)], axis=1)
 
     def matrices(self, draws: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         """Affine transforms of output to input pixels, as the host's kernel computes them; see `warp`.

@@ -147,7 +147,7 @@ class EpochLoader(ABC):
         batches = self._batches(plan, first)
         while together := list(islice(batches, count)):
             images, labels = zip(*together, strict=True)
-            yield torch.cat(images), torch.cat(labels)
+            yield joined(images), torch.cat(labels)
 
     def _with_rows(self, plan: EpochPlan, first: int, count: int) -> Iterator[Chunk]:
         at = first * self.batch_size
@@ -359,6 +359,13 @@ class _Epoch(Iterator[Any]):
         if self.leads:
             loader._state = (self._epoch, position) if position < self._end else (self._epoch + 1, 0)
         return batch
+
+
+def joined(images: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Batches (B, C, H, W), or (views, B, C, H, W), as one; each view in channels_last."""
+    if images[0].dim() == 4:
+        return torch.cat(images)
+    return torch.cat([batch.movedim(2, 4) for batch in images], 1).movedim(4, 2)
 
 
 def with_position(state: dict[str, Any]) -> dict[str, Any]:

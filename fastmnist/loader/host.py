@@ -135,6 +135,15 @@ class Part(NamedTuple):
     offsets: np.ndarray
     order: np.ndarray
 
+    def in_views(self, views: int, size: int) -> Part:
+        """Each batch of `size` samples `views` times, one view after another; draws are (n, views, 4 or 5) before."""
+        starts = range(0, len(self.rows), size)
+        batches = [np.arange(start, min(start + size, len(self.rows))) for start in starts]
+        place = np.concatenate([np.tile(batch, views) for batch in batches])
+        view = np.concatenate([np.repeat(np.arange(views), len(batch)) for batch in batches])
+        draws = None if self.draws is None else self.draws[place, view]
+        return Part(self.rows[place], draws, self.data, self.offsets, self.order[place])
+
     def split(self, size: int) -> Iterator[Part]:
         """Consecutive parts of `size` samples, the last one of what is left."""
         for start in range(0, len(self.rows), size):

@@ -18,7 +18,7 @@ from fastmnist.loader.arrays import Arrays, Samples, on_host, read_together
 from fastmnist.loader.as_dataloader import LoaderBatchSampler, LoaderDataset, collate, positions_of, refuse_arguments
 from fastmnist.loader.augment import Augmentation
 from fastmnist.loader.device import DeviceGatherer, Finish, PinnedCopier, PlainCopier
-from fastmnist.loader.epochs import DTYPES, Batch, EpochLoader, check_choice
+from fastmnist.loader.epochs import DTYPES, Batch, EpochLoader, check_choice, joined
 from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.host import HostGatherer, Part, SampleCopy
 from fastmnist.loader.kernels import mend_array_types
@@ -59,6 +59,7 @@ class Loader(EpochLoader):
             file they must be given, since a test set normalised by its own moments is not what the model learned.
         augment: random shift, rotation, scale and flip of each image before it is normalised; needs a float dtype. A
             sample's draw depends on (seed, epoch, sample) alone.
+        views: of each image, augmented independently; needs `augment`. Those of the first one are those of views=1.
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
             "sequential"; "auto" is sequential without `shuffle`, quasi-random when a file larger than the available
             memory is streamed, else random. Or a function (epoch, generator) -> the numbers of the epoch's samples in
@@ -85,7 +86,8 @@ class Loader(EpochLoader):
 
     Yields:
         images (B, C, H, W) in channels_last, of `dtype`, and labels (B,) int64, both on `device`. A batch stays valid
-        for as long as it is held. `chunks()` adds rows (B,) int64, the samples' numbers in the file.
+        for as long as it is held. With several views images are (views, B, C, H, W), each view in channels_last:
+        `first, second = images`. `chunks()` adds rows (B,) int64, the samples' numbers in the file.
 
     Raises:
         DataError: the file cannot be used, or was changed since it was opened (checked before each epoch).
@@ -134,6 +136,7 @@ class Loader(EpochLoader):
         dtype: torch.dtype = torch.uint8,
         moments: AnyMoments | None = None,
         augment: Augmentation | None = None,
+        views: int = 1,
         order: Literal["auto"] | Kind | OrderFunction = "auto",
         threads: int = 0,
         prefetch: int = 3,
@@ -167,6 +170,9 @@ class Loader(EpochLoader):
         own = None
         if callable(order):
             own, order = order, "random"
+        views = whole_number("views", views, 1)
+        if views > 1 and augment is None:
+            raise ConfigError(f"views {views} would be alike: they need augment= (fastmnist.Augmentation)")
         if placement == "auto":
             samples = len(file) if indices is None else np.size(on_host(indices))
             placement = _choose_placement(target, samples * file.image_size)
@@ -190,7 +196,7 @@ class Loader(EpochLoader):
             sampling=Sampling(weights, balanced, replacement, epoch_samples, order=own, mix=mix),
         )
         self._owns_file = file is not data
-        self.placement, self.threads, self.prefetch = placement, threads, prefetch
+        self.placement, self.threads, self.prefetch, self.views = placement, threads, prefetch, views
         self._page_reader = Helpers(1)
         self._held: np.ndarray | None = None  # (N,) bool, samples that a resident copy has; None: all
         if placement == "resident" and not self._all:
@@ -233,22 +239,22 @@ class Loader(EpochLoader):
     def _make_memory(self) -> HostGatherer | DeviceGatherer | PinnedCopier | PlainCopier:
         """The object that makes batches of parts; sets `_data` and `_offsets`, the images of a part."""
         mend_array_types()
-        file, resident = self.file, self.placement == "resident"
+        file, resident, batch_size = self.file, self.placement == "resident", self.batch_size * self.views
         if self.device.type == "cpu":
             if resident:
                 copy = SampleCopy(file, self.indices)
                 copy.images.flags.writeable = False  # as the map, so that one compiled kernel serves both
                 self._data, self._offsets = copy.images.reshape(-1), copy.places * file.image_size
-            return HostGatherer(file, self.batch_size, self.dtype, self.augment, self.threads, self.moments)
+            return HostGatherer(file, batch_size, self.dtype, self.augment, self.threads, self.moments)
         finish = Finish(file.image_shape, self.dtype, self.augment, self.device, self.moments)
         if resident:
             self._data, self._offsets = np.empty(0, np.uint8), np.empty(0, np.int64)
-            return DeviceGatherer(SampleCopy(file, self.indices), finish, self.device, self.batch_size)
+            return DeviceGatherer(SampleCopy(file, self.indices), finish, self.device, batch_size)
         # Augmented and normalised on the other device: a quarter of the bytes to copy.
-        host = HostGatherer(file, self.batch_size, torch.uint8, None, self.threads)
+        host = HostGatherer(file, batch_size, torch.uint8, None, self.threads)
         if self.device.type != "cuda":
             return PlainCopier(host, finish, self.device)
-        sizes = {"batch_size": self.batch_size, "image_size": file.image_size, "prefetch": self.prefetch}
+        sizes = {"batch_size": batch_size, "image_size": file.image_size, "prefetch": self.prefetch}
         return PinnedCopier(host, finish, self.device, **sizes)
 
     @property
@@ -258,7 +264,7 @@ class Loader(EpochLoader):
     def _settings(self) -> dict[str, Any]:
         return (
             super()._settings()
-            | {name: getattr(self, name) for name in OURS}
+            | {name: getattr(self, name) for name in (*OURS, "views")}
             | {name: value for name, value in vars(self._sampling).items() if value is not None}
         )
 
@@ -268,7 +274,7 @@ class Loader(EpochLoader):
         if planned is not None and (epoch, start) == (planned[0], 0):
             plan: EpochPlan = planned[1].result()
             return plan
-        return _make_plan(self._epoch_order, self.augment, len(self.file), epoch, start)
+        return _make_plan(self._epoch_order, self.augment, self.views, len(self.file), epoch, start)
 
     def _plan_ahead(self, epoch: int) -> None:
         """Has a helper make that epoch's plan."""
@@ -276,34 +282,44 @@ class Loader(EpochLoader):
         quick = self.order == "random" and self._sampling.order is None
         quick = quick and max(len(self.indices), self._epoch_order.total) <= MOST_PLANNED_AHEAD
         if isinstance(memory, HostGatherer) and memory.helpers.count and needed and quick:
-            task = memory.helpers.submit(_make_plan, self._epoch_order, self.augment, len(self.file), epoch)
+            task = memory.helpers.submit(_make_plan, self._epoch_order, self.augment, self.views, len(self.file), epoch)
             self._planned = epoch, task
 
     def _batches(self, plan: EpochPlan, first: int) -> Iterator[Batch]:
         mend_array_types()
-        return self._memory.batches(self._parts(plan, first))
+        return self._in_views(self._memory.batches(self._parts(plan, first)))
 
     def _joined(self, plan: EpochPlan, first: int, count: int) -> Iterator[Batch]:
         if not isinstance(self._memory, DeviceGatherer):
             return super()._joined(plan, first, count)
         size = count * self.batch_size
-        return self._memory.batches(self._parts(plan, first, size), size)
+        return self._in_views(self._memory.batches(self._parts(plan, first, size), size * self.views))
+
+    def _in_views(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches of `Part.in_views` as they are handed out."""
+        if self.views == 1:
+            return batches
+        return (
+            (images.unflatten(0, (self.views, -1)), labels[: len(labels) // self.views]) for images, labels in batches
+        )
 
     def _parts(self, plan: EpochPlan, first: int, step: int = 0) -> Iterator[Part]:
         """The plan from batch `first` on, in parts of `step` samples; by default of whole batches."""
+        size = step or self.batch_size
         step = step or max(1, PART_SAMPLES // self.batch_size) * self.batch_size
         begin, end, reader = first * self.batch_size, self._taken(plan), None
         if isinstance(self.file, Beton) and self.placement == "stream" and len(plan.windows) > 1:
-            lag = self._memory.lag
+            lag = self._memory.lag // self.views
             reader = WindowReader(self.file, plan.windows, first=begin, step=step, lag=lag, helper=self._page_reader)
         for start in range(begin, end, step):
             stop = min(start + step, end)
             rows = plan.rows[start:stop]
             draws = None if plan.draws is None else plan.draws[start:stop]
             if reader is None:
-                yield Part(rows, draws, self._data, self._offsets, rows)
+                part = Part(rows, draws, self._data, self._offsets, rows)
             else:
-                yield Part(rows, draws, reader.data, reader.offsets(rows, start), np.arange(len(rows)))
+                part = Part(rows, draws, reader.data, reader.offsets(rows, start), np.arange(len(rows)))
+            yield part if self.views == 1 else part.in_views(self.views, size)
             self._plan_ahead(plan.epoch + 1)
 
     @property
@@ -341,11 +357,14 @@ class Loader(EpochLoader):
         draws = None
         if self.augment is not None:
             if self._draws is None or self._draws[0] != epoch:
-                self._draws = epoch, self.augment.draw(len(self.file), self.seed, whole_number("epoch", epoch))
+                epoch = whole_number("epoch", epoch)
+                self._draws = epoch, self.augment.draw_views(len(self.file), self.seed, epoch, self.views)
             draws = self._draws[1][rows]
         part = Part(rows, draws, self._data, self._offsets, rows)
-        images, labels = zip(*self._memory.batches(iter([part])), strict=True)
-        return torch.cat(images), torch.cat(labels)
+        if self.views > 1:
+            part = part.in_views(self.views, self.batch_size)
+        images, labels = zip(*self._in_views(self._memory.batches(iter([part]))), strict=True)
+        return joined(images), torch.cat(labels)
 
     def set_indices(self, indices: Rows, weights: Numbers | None = None) -> None:
         """Iterates over other samples from the next epoch on; the same in each process.
@@ -394,8 +413,10 @@ def _choose_placement(device: torch.device, size: int) -> Literal["resident", "s
     return "stream" if device.type == "cpu" else "resident"
 
 
-def _make_plan(order: EpochOrder, augment: Augmentation | None, samples: int, epoch: int, start: int = 0) -> EpochPlan:
+def _make_plan(
+    order: EpochOrder, augment: Augmentation | None, views: int, samples: int, epoch: int, start: int = 0
+) -> EpochPlan:
     plan = order.plan(epoch, start)
     if augment is None:
         return plan
-    return plan._replace(draws=augment.draw(samples, order.seed, epoch)[plan.rows])
+    return plan._replace(draws=augment.draw_views(samples, order.seed, epoch, views)[plan.rows])

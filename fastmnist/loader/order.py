@@ -19,6 +19,7 @@ Kind = Literal["random", "quasi_random", "sequential"]
 Uneven = Literal["pad", "drop"]
 
 ORDER_STREAM, AUGMENT_STREAM, PAGE_STREAM, FLIP_STREAM = 0, 1, 2, 3  # one independent stream of bits per use
+VIEW_STREAMS = 8  # from the streams of one view of an image to those of the next
 BLOCK = 1 << 20  # random numbers drawn at a time
 WINDOW_PAGES = 32  # shuffled together: 64 MB of the files that we write
 
@@ -100,7 +101,8 @@ class EpochPlan(NamedTuple):
         epoch: its number.
         rows: (n,) int64, the samples' numbers in the file, in order.
         windows: pages of the file and where in `rows` they are needed from; only of a quasi-random order.
-        draws: (n, 4 or 5) float32, `Augmentation.draw` of each row; None where the loader does not augment.
+        draws: (n, 4 or 5) float32, `Augmentation.draw` of each row, or (n, views, 4 or 5) of several views; None where
+            the loader does not augment.
     """
 
     epoch: int
