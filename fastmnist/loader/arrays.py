@@ -70,7 +70,7 @@ class Arrays:
         self.image_size = int(np.prod(self.image_shape))
         self.data = np.ascontiguousarray(images).reshape(-1).view()
         self.data.flags.writeable = False  # as a file's map, so that one compiled kernel serves both
-        self.offsets = np.arange(len(images)) * self.image_size
+        self.offsets = np.arange(len(images), dtype=np.int64) * self.image_size
 
     @property
     def class_names(self) -> tuple[str, ...]:

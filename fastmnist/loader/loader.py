@@ -161,6 +161,9 @@ class Loader(EpochLoader):
             )
         threads, prefetch = checked_numbers(OURS, threads=threads, prefetch=prefetch)
         check_choice("placement", placement, ("auto", "resident", "stream"))
+        views = whole_number("views", views, 1)
+        if views > 1 and augment is None:
+            raise ConfigError(f"views {views} would be alike: they need augment= (fastmnist.Augmentation)")
         file: Samples
         if isinstance(data, (list, tuple)):
             file = read_together(data, verify)
@@ -170,9 +173,6 @@ class Loader(EpochLoader):
         own = None
         if callable(order):
             own, order = order, "random"
-        views = whole_number("views", views, 1)
-        if views > 1 and augment is None:
-            raise ConfigError(f"views {views} would be alike: they need augment= (fastmnist.Augmentation)")
         if placement == "auto":
             samples = len(file) if indices is None else np.size(on_host(indices))
             placement = _choose_placement(target, samples * file.image_size)

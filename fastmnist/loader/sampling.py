@@ -150,7 +150,8 @@ class Weighted:
             _invert(self._cumulative, self._first, random_bits(self.count, seed, epoch, ORDER_STREAM), places)
         else:
             uniforms = (random_bits(len(self._places), seed, epoch, ORDER_STREAM) >> np.uint64(11)) + 1.0
-            keys = -np.log(uniforms * 2.0**-53) / self._weights
+            with np.errstate(over="ignore"):  # infinite keys come last
+                keys = -np.log(uniforms * 2.0**-53) / self._weights
             places = self._places[np.argsort(keys, kind="stable")[: self.count]]
         rows: np.ndarray = samples[places]
         return rows
@@ -216,8 +217,9 @@ def in_shares(weights: np.ndarray, groups: np.ndarray, shares: np.ndarray) -> np
     >>> in_shares(np.ones(5), np.array([0, 1, 1, 1, 1]), np.array([0.6, 0.4]))
     array([0.6, 0.1, 0.1, 0.1, 0.1])
     """
+    weights = weights / weights.max()  # whose sums are finite
     sums = np.bincount(groups, weights, minlength=len(shares))
-    scaled: np.ndarray = weights * (shares / np.where(sums > 0, sums, 1.0))[groups]
+    scaled: np.ndarray = weights / np.where(sums > 0, sums, 1.0)[groups] * shares[groups]
     return scaled
 
 

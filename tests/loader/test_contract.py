@@ -48,6 +48,7 @@ CASES = {
     "ours, float16, 3 threads": ("ours", {"dtype": torch.float16, "threads": 3}),
     "ours, bfloat16, resident": ("ours", {"dtype": torch.bfloat16, "placement": "resident"}),
     "ours, augmented": ("ours", {"dtype": torch.float32, "augment": MOVES, "threads": 2}),
+    "ours, balanced": ("ours", {"balanced": True, "threads": 2}),
     "dataloader": ("dataloader", {}),
     "dataloader, augmented": ("dataloader", {"augment": MOVES}),
     "tuned": ("tuned", {}),
