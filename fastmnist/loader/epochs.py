@@ -53,7 +53,7 @@ class EpochLoader(ABC):
     (`_batches`).
 
     Attributes:
-        file: the open file. indices: (n,) int64, the samples that are iterated over.
+        file: the open file, or arrays. indices: (n,) int64, the samples that are iterated over.
         device, dtype: of the batches. Images of a float dtype are augmented and normalised already.
         moments: (mean, std) that they are normalised with, each one number per channel; None for uint8.
     """

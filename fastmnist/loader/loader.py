@@ -63,9 +63,9 @@ class Loader(EpochLoader):
         order: "random"; "quasi_random", some pages of the file at a time (see `order.quasi_random_order`);
             "sequential"; "auto" is sequential without `shuffle`, quasi-random when a file larger than the available
             memory is streamed, else random. Or a function (epoch, generator) -> the numbers of the epoch's samples in
-            order: each of `indices` once, or `epoch_samples` of them in any number. It must depend on its arguments
-            alone: numpy's generator is seeded by (seed, epoch), each process calls it, and a state that resumes cannot
-            tell whether it is the same function.
+            order: each of `indices` once, or `epoch_samples` of them, repeated or not. It must depend on its arguments
+            alone (the generator is numpy's, seeded by (seed, epoch)): each process calls it, and a state that resumes
+            cannot tell whether the function is the same.
         threads: that gather a batch on the host; 0 takes as many as pay, at most the cores there are.
         prefetch: batches on their way to a GPU ahead of the one that is handed out ("stream"). On a CPU a batch is
             gathered when it is asked for, in far less time than a step.

@@ -43,7 +43,7 @@ class Sampling:
         self.epoch_samples = None if epoch_samples is None else whole_number("epoch_samples", epoch_samples, 1)
 
     def draw(self, file: Samples, samples: np.ndarray, kind: Kind) -> Draw | None:
-        """What draws an epoch's rows among `samples` (n,) of the file; None where each comes at most once, by `kind`.
+        """What draws an epoch's rows among `samples` (n,) of the file; None: each at most once, ordered by `kind`.
 
         Raises:
             ConfigError: the settings cannot work for these samples, or not together.
@@ -106,12 +106,12 @@ class Sampling:
 class Weighted:
     """Samples drawn at random in proportion to weights.
 
-    With replacement by inversion of the cumulative weights, each search begun where a table of as many equal intervals
-    points (H. Chen and Y. Asau, "On generating random variates from an empirical distribution", AIIE Transactions 6,
-    1974): two steps on average. Without replacement by the smallest of exponentially distributed keys, the rate of each
-    its sample's weight (P. Efraimidis and P. Spirakis, "Weighted random sampling with a reservoir", Information
-    Processing Letters 97, 2006), in the order of the keys: each next sample is drawn by weight among those left. The
-    keys go through the machine's logarithm: two that agree to its last bit may change places on another machine.
+    With replacement: inversion of the cumulative weights, with a guide table that says where a search begins (H. Chen
+    and Y. Asau, "On generating random variates from an empirical distribution", AIIE Transactions 6, 1974), two steps
+    on average. Without replacement: the smallest of exponentially distributed keys, whose rates are the weights (P.
+    Efraimidis and P. Spirakis, "Weighted random sampling with a reservoir", Information Processing Letters 97, 2006),
+    in the order of the keys, as if each next sample were drawn by weight among those left. Keys that differ in the last
+    bit of a logarithm alone may change places on another machine.
 
     Args:
         weights: (n,) float64, at least 0, one of each sample.
@@ -199,9 +199,9 @@ def _some(numbers: np.ndarray) -> str:
 
 @jit
 def _invert(cumulative, first, bits, places):  # type: ignore[no-untyped-def]
-    """places[i] = the first place whose cumulative weight (n,) float64, up to 1, is above the i-th uniform number.
+    """places[i] = the first place whose cumulative weight, (n,) float64 up to 1, is above the i-th uniform number.
 
-    first (n,) int64: that place for k / n; a search begins there. bits uint64: 53 of each make a number in [0, 1).
+    first (n,) int64: that place for each k / n, where a search begins. bits: uint64, 53 of them a number in [0, 1).
     """
     for i in range(len(places)):
         uniform = float(bits[i] >> np.uint64(11)) * (2.0**-53)
