@@ -1,18 +1,27 @@
-"""Atomic file writes, and files with an exclusive lock."""
+"""Atomic file writes, files with an exclusive lock, and reads at an offset, on POSIX and on Windows."""
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmnist.errors import FastmnistError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+OPEN_FILES_STAY = fcntl is None  # Windows neither renames nor deletes a file that is open
+LOCKED_BYTE = 1 << 30  # on Windows, which keeps others from reading what is locked: beyond a small file's end
+_reading = threading.Lock()
 
 
 @contextmanager
@@ -33,10 +42,11 @@ def replacing(path: Path, hint: str = "name another folder") -> Iterator[BinaryI
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+                if OPEN_FILES_STAY:
+                    file.close()
                 os.replace(file.name, path)  # still locked, so that no other process removes it as an orphan
             finally:
-                with suppress(OSError):
-                    os.unlink(file.name)
+                remove(file, file.name)  # if it was not renamed
     except OSError as error:
         raise FastmnistError(f"{path}: cannot be written: {error.strerror or error}; {hint}") from error
 
@@ -63,7 +73,29 @@ def remove_orphans(folder: Path, name: str | None = None) -> None:
     for path in folder.glob(f".{stem}.[0-9]*-{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), open(path, "r+b") as file:
             if lock(file):
-                path.unlink()
+                remove(file, path)
+
+
+def remove(file: BinaryIO, path: str | Path) -> None:
+    """Deletes an open, locked file, if it is there, and closes it; elsewhere than on Windows in this order."""
+    try:
+        if OPEN_FILES_STAY:
+            file.close()
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+        file.close()
+
+
+def read_at(descriptor: int, memory: memoryview, offset: int) -> int:
+    """Reads a file's bytes from `offset` on into `memory`, in any thread; returns their number, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [memory], offset)
+    with _reading:  # Windows: all threads share one position
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        content = os.read(descriptor, len(memory))
+    memory[: len(content)] = content
+    return len(content)
 
 
 def lock(file: BinaryIO) -> bool | None:
@@ -72,12 +104,30 @@ def lock(file: BinaryIO) -> bool | None:
     Returns:
         False if another process holds the lock, None if the file system has no locks.
     """
+    if fcntl is None:
+        return _lock_on_windows(file.fileno())
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # the file system has no locks
         return None
+    return True
+
+
+def _lock_on_windows(descriptor: int) -> bool | None:
+    import msvcrt
+
+    at = os.lseek(descriptor, 0, os.SEEK_CUR)
+    try:
+        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except PermissionError:
+        return False
+    except OSError:
+        return None
+    finally:
+        os.lseek(descriptor, at, os.SEEK_SET)
     return True
 
 

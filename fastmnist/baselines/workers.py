@@ -82,8 +82,11 @@ def worker_settings(workers: int) -> dict[str, Any]:
         return {}
     # A fork of this process would copy the locks of torch's and numba's threads in whatever state they are, and may
     # hang; Python 3.12 warns of it. The fork server imports this module once for all workers.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+    else:  # Windows
+        context = multiprocessing.get_context("spawn")
     return {
         "num_workers": workers,
         "multiprocessing_context": context,

@@ -33,6 +33,7 @@ from fastmnist.beton.format import (
 )
 from fastmnist.beton.moments import Moments
 from fastmnist.errors import DataError
+from fastmnist.files import read_at
 
 Verify = Literal["size", "full"]
 LAST_BYTES = 4096  # read to see whether the file is still whole
@@ -143,11 +144,12 @@ class Beton:
                 f"{self.path} had {self.file_size:,} bytes when it was opened and has {here.st_size:,} now; {advice}"
             )
         try:
-            end = os.pread(self.descriptor, LAST_BYTES, max(self.file_size - LAST_BYTES, 0))
+            end = memoryview(bytearray(LAST_BYTES))
+            count = read_at(self.descriptor, end, max(self.file_size - LAST_BYTES, 0))
         except OSError as error:
             raise DataError(f"{self.path}: its end cannot be read: {error.strerror}; {advice}") from None
-        if len(end) != min(LAST_BYTES, self.file_size):
-            raise DataError(f"{self.path}: {len(end)} of its last {LAST_BYTES} bytes can be read; {advice}")
+        if count != min(LAST_BYTES, self.file_size):
+            raise DataError(f"{self.path}: {count} of its last {LAST_BYTES} bytes can be read; {advice}")
         if here.st_mtime_ns != self._changed:
             self._check_rewritten(advice)
             self._changed = here.st_mtime_ns

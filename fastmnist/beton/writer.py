@@ -152,7 +152,7 @@ def _start_writeback(file: BinaryIO) -> None:
     2 GB took 0.7 s instead of 3 to 5 s on a virtual machine, whose host must first find memory for a growing cache.
     """
     file.flush()
-    with suppress(AttributeError, OSError):  # macOS lacks the call, some file systems refuse it
+    with suppress(AttributeError, OSError):  # macOS and Windows lack the call, some file systems refuse it
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import DataError
+from fastmnist.files import read_at
 from fastmnist.loader.helpers import Helpers, Task
 from fastmnist.loader.order import Window
 
@@ -82,7 +83,7 @@ class WindowReader:
 
 def _announce(file: Beton, start: int) -> None:
     """Asks the disk for a page: the system reads ahead in sequence only, and pages are in random order."""
-    with suppress(AttributeError, OSError):  # macOS lacks the call, some file systems refuse it
+    with suppress(AttributeError, OSError):  # macOS and Windows lack the call, some file systems refuse it
         os.posix_fadvise(file.descriptor, start, file.page_size, os.POSIX_FADV_WILLNEED)
 
 
@@ -96,7 +97,7 @@ def _read(file: Beton, pages: np.ndarray, memory: np.ndarray) -> None:
         left = memory.data[number * size : number * size + min(size, file.file_size - start)]
         while left:
             try:
-                count = os.preadv(file.descriptor, [left], start)
+                count = read_at(file.descriptor, left, start)
             except OSError as error:
                 raise DataError(f"{file.path}: cannot be read at byte {start:,}: {error.strerror}") from error
             if not count:

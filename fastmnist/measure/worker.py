@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
@@ -111,14 +113,22 @@ class WorkerProcess:
 
     def pause(self) -> None:
         """Stops the process and its children, so that they take nothing from what is measured now."""
-        self._signal(signal.SIGSTOP)
+        self._signal("SIGSTOP")
 
     def resume(self) -> None:
-        self._signal(signal.SIGCONT)
+        self._signal("SIGCONT")
 
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+    def _signal(self, name: str) -> None:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, getattr(signal, name))
+            return
+        act = {"SIGSTOP": "suspend", "SIGCONT": "resume", "SIGKILL": "kill"}[name]  # Windows, process by process
+        with suppress(psutil.Error):
+            process = psutil.Process(self._process.pid)
+            for each in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):
+                    getattr(each, act)()
 
     def _last_words(self) -> str:
         self._errors.seek(0)
@@ -127,7 +137,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Kills the process and its children. A second call does nothing."""
-        self._signal(signal.SIGKILL)
+        self._signal("SIGKILL")
         self._process.wait()
         self._reader.join(5)
         for stream in (self._process.stdin, self._process.stdout, self._errors):

@@ -107,12 +107,12 @@ def cores_of_this_process() -> int:
 
 
 def available_memory() -> int:
-    """Bytes available without swapping and within control groups' limits; all memory where Linux does not say."""
+    """Bytes available without swapping and within control groups' limits."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = int(psutil.virtual_memory().available)
     return min([available, *_left_in_memory_groups()])
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from fastmnist.config import TrainConfig, checked_settings, short
 from fastmnist.errors import ConfigError, DataError, FastmnistError
-from fastmnist.files import open_alone, remove_orphans, write_bytes
+from fastmnist.files import OPEN_FILES_STAY, open_alone, remove, remove_orphans, write_bytes
 from fastmnist.system.processes import broadcast, rank
 from fastmnist.training.checkpoint import CHECKPOINT
 
@@ -109,13 +109,15 @@ class RunFolder:
         """Unlocks the folder; may be called again."""
         if self._lock is not None:
             if self._exists():
-                (self.path / LOCK).unlink(missing_ok=True)
+                remove(self._lock, self.path / LOCK)
             self._lock.close()
             self._lock = None
 
     def discard(self) -> None:
         """Removes the claimed folder with its content, but not another one that has taken its place."""
         if self.writes and self._exists():
+            if OPEN_FILES_STAY:
+                self.release()
             shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
