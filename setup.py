@@ -13,7 +13,15 @@ assert VERSION is not None
 TENSORBOARD = ["tensorboard>=2.15"]
 FFCV = ["ffcv>=1.0.2"]  # needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config first
 FRAMEWORKS = ["accelerate>=1", "lightning>=2.4"]  # for the tests of docs/your-loop.md
-PEERS = ["datasets>=5.1", "webdataset>=1.0.2", "litdata>=0.2.70", "grain>=0.2.13", "tensordict>=0.6", *FRAMEWORKS]
+PEERS = [
+    "datasets>=5.1",
+    "webdataset>=1.0.2",
+    "litdata>=0.2.70",
+    "grain>=0.2.13",
+    "tensordict>=0.6",
+    "spdl>=0.8",
+    *FRAMEWORKS,
+]
 PEERS_STREAMING = ["mosaicml-streaming>=0.13"]  # wants numpy < 2.2 and an older datasets: an environment of its own
 NOTEBOOK = ["ipykernel>=6", "ipython>=8", "nbclient>=0.9", "nbconvert>=7"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.17"]

@@ -11,7 +11,7 @@ import pytest
 
 from fastmnist.cli.main import parse
 from fastmnist.report.ladder_chart import ladder_markdown
-from fastmnist.report.tables import gpu_table, markdown, step_table, time_table
+from fastmnist.report.tables import gpu_table, markdown, step_table, time_table, verdict_table
 from fastmnist.system.numbers import number
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,16 @@ def test_the_table_is_that_of_the_last_run() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     shown = text.partition("<!-- bench -->\n")[2].partition("<!-- /bench -->")[0]
     assert shown == markdown(json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"])
+
+
+def test_the_table_of_verdicts_is_that_of_the_last_run() -> None:
+    """Made by benchmarks/research/verdicts.py."""
+    found = json.loads((ROOT / "benchmarks/results/verdicts.json").read_text())
+    shown = (ROOT / "docs" / "tuning.md").read_text().partition("<!-- verdicts -->\n")[2]
+    assert shown.partition("<!-- /verdicts -->")[0] == verdict_table(found)
+    for tool, score in found["score"].items():
+        right = [bool(set(case["tools"][tool]["words"]) & set(case["right"])) for case in found["cases"]]
+        assert (len(right), sum(right)) == (12, score)
 
 
 def lead() -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -321,6 +323,72 @@ class TensorDict(_Kept):
         return batches_of(loader)
 
 
+class _ByThreads(_Kept):
+    """Two memory-mapped arrays, from which threads gather batches ahead: torch's gather needs no interpreter lock.
+
+    Its workers are threads; 0 takes one for each core.
+    """
+
+    def write(self, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+        np.save(folder / "images.npy", images.reshape(len(images), -1))
+        np.save(folder / "labels.npy", labels)
+
+    def _make(self, folder: Path, batch_size: int, epoch: int, seed: int, workers: int) -> Any:
+        # Mapped for changes that stay in memory: torch warns of arrays that cannot be written.
+        tensors = [torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in ("images", "labels")]
+        return tensors, batch_size, workers or max(1, min(MOST_THREADS, cpu_count()))
+
+    def _run(self, loader: Any, epoch: int, seed: int) -> Iterator[Batch]:
+        (images, labels), batch_size, threads = loader
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(labels)))
+        return self._ahead(
+            lambda rows: (images.index_select(0, rows), labels.index_select(0, rows)), order.split(batch_size), threads
+        )
+
+    @abstractmethod
+    def _ahead(
+        self, gather: Callable[[torch.Tensor], Batch], rows: Sequence[torch.Tensor], threads: int
+    ) -> Iterator[Batch]:
+        """`gather` of each of `rows`, in their order, made by that many threads."""
+
+
+class SPDL(_ByThreads):
+    """SPDL: a pipeline whose threads gather batches, in the order of their indices.
+
+    The documentation advises a source of batches of indices, a stage that fetches and batches at once, as many threads
+    as the stage's concurrency, and threads rather than processes where the work releases the interpreter's lock
+    ("Restructuring PyTorch Datasets for SPDL", "Choosing between them").
+    """
+
+    name, title, package, module = "spdl", "SPDL", "spdl", "spdl.pipeline"
+
+    def _ahead(
+        self, gather: Callable[[torch.Tensor], Batch], rows: Sequence[torch.Tensor], threads: int
+    ) -> Iterator[Batch]:
+        builder = importlib.import_module(self.module).PipelineBuilder().add_source(rows)
+        builder.pipe(gather, concurrency=threads, output_order="input").add_sink(2 * threads)
+        pipeline = builder.build(num_threads=threads)
+        with pipeline.auto_stop():
+            yield from pipeline.get_iterator()
+
+
+class ThreadPool(_ByThreads):
+    """Batches of a memory-mapped dataset that the threads of a pool fetch ahead, as torch's DataLoader has none."""
+
+    name, title, package, module = "threads", "DataLoader, threads", "torch", "torch"
+
+    def _ahead(
+        self, gather: Callable[[torch.Tensor], Batch], rows: Sequence[torch.Tensor], threads: int
+    ) -> Iterator[Batch]:
+        with ThreadPoolExecutor(threads) as pool:
+            asked = iter(rows)
+            ahead = deque(pool.submit(gather, some) for some in itertools.islice(asked, 2 * threads))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(gather, some) for some in itertools.islice(asked, 1))
+                yield batch
+
+
 ALL: tuple[type[Peer], ...] = (
     HFDatasets,
     WebDataset,
@@ -328,6 +396,8 @@ ALL: tuple[type[Peer], ...] = (
     LitData,
     Grain,
     TensorDict,
+    SPDL,
+    ThreadPool,
 )
 PEERS = {peer.name: peer for peer in ALL}
 

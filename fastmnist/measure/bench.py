@@ -118,7 +118,8 @@ def bench(
       DataLoader and to a plain copy of as many bytes;
     - seconds from making the loader to its first batch, in new processes, imports not counted; with and without
       numba's cache;
-    - bytes at the peak of an epoch, beyond the imports.
+    - bytes at the peak of an epoch, beyond the imports;
+    - CPU seconds per million images, in the same turns as the rate, of the process and its workers.
 
     Args:
         data: a compiled file.
@@ -158,6 +159,7 @@ class _Bench:
         self.cold: list[dict[str, Any]] = []
         self.starting: dict[str, float] = {}  # seconds from a new process to its opened loader
         self.values: dict[str, list[float]] = {}
+        self.used: dict[str, list[float]] = {}
         self.processes: dict[str, WorkerProcess] = {}
         self.interrupted = False
 
@@ -272,10 +274,12 @@ class _Bench:
             process.pause()  # workers load ahead, and threads that wait for work may spin
             rate: float = answer["images"] / answer["seconds"]
             self.values[contender.name].append(rate)
+            self.used[contender.name].append(1e6 * answer["cpu_seconds"] / answer["images"])
             return rate
 
         measured = self._working()
         self.values = {contender.name: [] for contender in measured}
+        self.used = {contender.name: [] for contender in measured}
         self._say(f"turn 1 of up to {MOST_TURNS}")
         in_turns(
             {contender.name: partial(measure, contender) for contender in measured},
@@ -326,6 +330,10 @@ class _Bench:
                 if n and other not in self.failed:
                     more[key] = ratios(values[:n], against[:n]).to_dict()
             rows.append(row("loader", contender.name, values, "images/s", self.origin, settings, **more))
+            used = self.used[contender.name]
+            rows.append(
+                row("CPU time", contender.name, used, "seconds per million images", self.origin, settings, **about)
+            )
             if contender.kind == "limit":
                 continue
             for group in ("peak memory", "peak device memory"):

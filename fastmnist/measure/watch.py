@@ -25,9 +25,9 @@ from fastmnist.system.machine import available_memory, limit_periods
 from fastmnist.system.scheduling import Host, ResourceUse, ThreadTimes, core_use, resources, stopped_share, thread_times
 from fastmnist.system.statistics import LogHistogram, summarise
 
-# A look at the system (memory, threads, control groups) takes about 0.4 ms, more with worker processes. The next one
+# A look at the system (memory, threads, control groups) takes about 0.2 ms, more with worker processes. The next one
 # comes after so many times its cost.
-COST_FACTOR = 1000
+COST_FACTOR = 2000
 FIRST_PERIOD = 0.1  # seconds of a bin of the timeline
 MOST_BINS = 256  # then neighbours are merged, and the period doubles
 LEAST_STEPS = 16  # before any step can have stalled
@@ -75,6 +75,7 @@ class Watch:
         self._looked = self._next_look = self._collection_begun = 0.0
         self._threads: ThreadTimes | None = None
         self._periods: list[tuple[int, int]] = []
+        self._limited = True  # until the first look finds no CPU limit: reading the control groups takes half of a look
         self._used, self._used_at, self._rate = resources(), 0.0, [0.0] * len(ResourceUse._fields)
 
     def __len__(self) -> int:
@@ -156,12 +157,13 @@ class Watch:
             self._first, self._bound = (waiting, total - waiting), math.inf
             self.steps = self._each
             self._look(now)
+            self._limited = any(periods for _, periods in self._periods)
             return
         if total > self._bound:
             at = len(self._recent)
             excess, waited = total - self._median, max(0.0, waiting - self._median_wait)
             stopped = False
-            if excess > COST_FACTOR * self._cost:
+            if self._limited and excess > COST_FACTOR * self._cost:
                 periods = limit_periods()
                 stopped, self._periods = bool(stopped_share(self._periods, periods)), periods
             # What the steps since the last reading used, at the usual rate, was not used by this one.
@@ -216,7 +218,8 @@ class Watch:
     def _look(self, now: float) -> None:
         """Ends a bin of the timeline with what the system counts, and finds from when on a step has stalled."""
         begun = time.perf_counter()
-        threads, periods, used, found = thread_times(), limit_periods(), resources(), self._keep_recent()
+        threads, used, found = thread_times(), resources(), self._keep_recent()
+        periods = limit_periods() if self._limited else []
         if found.steps:
             found.seconds = now - self._looked
             if threads is not None and self._threads is not None:

@@ -237,7 +237,7 @@ class Worker:
         """Loads for so many seconds after a warm-up, or for one epoch.
 
         Returns:
-            images, seconds.
+            images, seconds, cpu_seconds: those of the process and its children.
         """
         if self.contender.whole_epochs:
             return self._timed(self.source.epoch(), float("inf"))
@@ -245,14 +245,18 @@ class Worker:
         return self._timed(self.batches, seconds)
 
     def _timed(self, batches: Iterator[Batch], seconds: float) -> dict[str, Any]:
+        from fastmnist.system.machine import cpu_seconds
+
         self._synchronize()
+        used = cpu_seconds()
         images, begun = 0, time.perf_counter()
         for _, labels in batches:
             images += len(labels)
             if time.perf_counter() - begun >= seconds:
                 break
         self._synchronize()
-        return {"images": images, "seconds": time.perf_counter() - begun}
+        taken = time.perf_counter() - begun
+        return {"images": images, "seconds": taken, "cpu_seconds": cpu_seconds() - used}
 
     def _synchronize(self) -> None:
         from fastmnist.system.machine import synchronize

@@ -25,16 +25,24 @@ HEADINGS = (
     "first batch",
     "peak memory",
 )
+CPU_HEADING = "CPU seconds per million images"  # a column of results that have it
+
+
+def headings(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Of the columns that `cells` makes of these rows."""
+    return (*HEADINGS, CPU_HEADING) if any(found["group"] == "CPU time" for found in rows) else HEADINGS
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A row of cells under HEADINGS per measured loader, the fastest first."""
+    """A row of cells under `headings` per measured loader, the fastest first."""
+    names = headings(rows)
     lines: list[tuple[str, ...]] = []
     of_group = {(found["group"], found["name"]): found for found in rows if "error" not in found}
     loaders = [found for (group, _), found in of_group.items() if group == "loader"]
     for found in sorted(loaders, key=lambda row: -row["median"]):
         limited = "of_limit" in found and found["kind"] != "limit"
-        first, memory = (of_group.get((group, found["name"])) for group in ("first batch", "peak memory"))
+        groups = ("first batch", "peak memory", "CPU time")
+        first, memory, used = (of_group.get((group, found["name"])) for group in groups)
         lines.append(
             (
                 found["name"],
@@ -43,7 +51,8 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 with_interval(found["of_limit"], rough_percent) if limited else "",
                 with_interval(first, rough_seconds) if first else "",
                 with_interval(memory, mebibytes) if memory else "",
-            )
+                with_interval(used) if used else "",
+            )[: len(names)]
         )
     return lines
 
@@ -104,15 +113,17 @@ def console_table(headings: Sequence[str], lines: Sequence[Sequence[str]], left:
 
 def rich_table(rows: Sequence[Row]) -> Table:
     lines = cells(rows)
-    short = [[*line[:-1], line[-1].partition(" (")[0]] for line in lines]  # the memory hardly varies
-    table = console_table(HEADINGS, short)
+    # The last columns hardly vary, and a terminal is narrow.
+    short = [[*line[:5], *(text.partition(" (")[0] for text in line[5:])] for line in lines]
+    table = console_table(headings(rows), short)
     for line, shown in zip(lines, table.rows, strict=True):
         shown.style = "bold" if line[0].startswith("fastmnist") else None
     return table
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
+    names = headings(rows)
+    lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
     return "\n".join([*lines, "", *footnotes(rows)]) + "\n"
 
@@ -185,6 +196,23 @@ def time_table(rows: Sequence[Row]) -> str:
         f"Seconds: medians with their range; accuracies: means with theirs. "
         f"{describe_hardware(first['hardware'])}; torch {first['versions']['torch']}; {first['date'][:10]}.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def verdict_table(found: Mapping[str, Any]) -> str:
+    """The planted troubles of benchmarks/research/verdicts.py and what each tool answered, as Markdown."""
+    score, tools = found["score"], found["tools"]
+    names = [f"{tool} {tools[tool]}" if tool in tools else tool for tool in score]
+    lines = [f"| planted trouble | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for case in found["cases"]:
+        answers = []
+        for tool in score:
+            answer = case["tools"][tool]
+            words = ", ".join(answer["words"]) or ("failed" if "error" in answer else "no verdict")
+            answers.append(words if answer["right"] else f"wrong: {words}")
+        lines.append(f"| {case['case']} | {' | '.join(answers)} |")
+    count = len(found["cases"])
+    lines.append(f"| right | {' | '.join(f'{score[tool]} of {count}' for tool in score)} |")
     return "\n".join(lines) + "\n"
 
 

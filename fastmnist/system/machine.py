@@ -140,6 +140,18 @@ def memory_in_use(*, children_only: bool = False) -> int:
     return total
 
 
+def cpu_seconds() -> float:
+    """On a core so far, in the kernel and outside of it, of this process and its children, ended ones included."""
+    ended = os.times()
+    total = time.process_time() + ended.children_user + ended.children_system
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended, and counts as its parent's
+            used = process.cpu_times()
+            total += used.user + used.system
+            total += getattr(used, "children_user", 0.0) + getattr(used, "children_system", 0.0)
+    return total
+
+
 def limit_periods() -> list[tuple[int, int]]:
     """(throttled periods, all periods) of each control group of this process that has a CPU limit."""
     counts = []

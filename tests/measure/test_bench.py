@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from joblib import cpu_count
 
 import fastmnist
 from fastmnist.beton.reader import Beton
@@ -16,7 +17,7 @@ from fastmnist.measure import bench as module
 from fastmnist.measure.bench import Plan, bench, bench_file, choose_contenders
 from fastmnist.measure.contenders import BY_NAME, CONTENDERS, OURS, PLAIN
 from fastmnist.measure.worker import WorkerProcess
-from fastmnist.report.tables import HEADINGS, cells, footnotes, markdown
+from fastmnist.report.tables import CPU_HEADING, HEADINGS, cells, footnotes, headings, markdown
 
 COUNT, BATCH = 640, 64
 SHORT = Plan(seconds=300.0, least_turns=2, first_batches=1)  # more than a busy machine takes: the turns are few
@@ -121,6 +122,13 @@ def test_memory_is_that_of_the_loader(found) -> None:
     assert memory[PLAIN]["unit"] == "bytes"
 
 
+def test_cpu_time_is_that_of_the_turns(found) -> None:
+    rates, used = rows_of(found, "loader")[PLAIN], rows_of(found, "CPU time")[PLAIN]
+    assert used["n"] == rates["n"]
+    for rate, seconds in zip(rates["values"], used["values"], strict=True):
+        assert 0 < seconds <= 1.2 * cpu_count() * 1e6 / rate  # it had no more than all cores
+
+
 def test_what_crashes_or_hangs_is_said_and_the_rest_goes_on(found) -> None:
     loaders = rows_of(found, "loader")
     assert loaders["FFCV"]["error"].endswith(" 3")  # the exit status
@@ -139,7 +147,10 @@ def test_the_table_has_a_line_for_each_that_was_measured(found) -> None:
     lines = cells(found.rows)
     measured = {name for name, row in rows_of(found, "loader").items() if "error" not in row}
     assert {line[0] for line in lines} == measured
-    assert all(len(line) == len(HEADINGS) for line in lines)
+    assert headings(found.rows) == (*HEADINGS, CPU_HEADING)
+    assert all(len(line) == len(HEADINGS) + 1 and line[-1] for line in lines)
+    older = [row for row in found.rows if row["group"] != "CPU time"]
+    assert cells(older) == [line[:-1] for line in lines]
     rates = [rows_of(found, "loader")[line[0]]["median"] for line in lines]
     assert rates == sorted(rates, reverse=True)
     notes = " ".join(footnotes(found.rows))

@@ -44,7 +44,7 @@ class System:
         return {(here, here): (int(1e9 * self.ran * self.now), int(1e9 * self.waited * self.now))}
 
     def limit_periods(self):
-        return [(self.stopped, int(self.now / 0.1) + self.stopped)]
+        return [(int(self.stopped * self.now / 0.1), int(self.now / 0.1))]
 
     def resources(self):
         return self.used
@@ -240,6 +240,15 @@ def test_a_starved_host(system):
     found = watched(system)
     assert found.kind == "host"
     assert found.host.lost.median == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("since", [0.0, 1.0])
+def test_a_cpu_limit(system, since):
+    """It stops the process in half of its periods; without one at the first step, there are no periods to look at."""
+    system.stopped, system.now = 0.5, since
+    found = watched(system)
+    assert found.kind == ("host" if since else "model")
+    assert found.host.stopped == (pytest.approx(0.5, abs=0.1) if since else None)
 
 
 def test_a_long_run_takes_no_more_memory(system, monkeypatch):

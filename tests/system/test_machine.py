@@ -2,6 +2,9 @@
 
 import os
 import platform
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from fastmnist.errors import ConfigError
 from fastmnist.system import machine
-from fastmnist.system.machine import choose_device, limit_periods, physical_cores, processor_flags
+from fastmnist.system.machine import choose_device, cpu_seconds, limit_periods, physical_cores, processor_flags
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,15 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 def test_a_device_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="nonsense"):
         choose_device("nonsense")
+
+
+def test_cpu_seconds_count_children_that_run_and_that_have_ended():
+    spin = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    before, own = cpu_seconds(), time.process_time()
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        running = cpu_seconds() - before - (time.process_time() - own)
+        child.communicate(b"\n")
+    ended = cpu_seconds() - before - (time.process_time() - own)
+    assert 0.25 < running <= ended + 0.02  # the system counts in hundredths
+    assert ended < 1.0
