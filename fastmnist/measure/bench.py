@@ -18,7 +18,7 @@ import torch
 from fastmnist.baselines.peers import PEERS, missing
 from fastmnist.beton.reader import Beton
 from fastmnist.errors import ConfigError, FastmnistError
-from fastmnist.measure.contenders import BY_NAME, CONTENDERS, OURS, PLAIN, Contender, Source
+from fastmnist.measure.contenders import BY_NAME, CONTENDERS, OURS, PLAIN, Contender
 from fastmnist.measure.worker import WorkerError, WorkerProcess
 from fastmnist.prepare.prepare import FALLBACK, PrepareProgress, compile_dataset, prepare
 from fastmnist.system.environment import origin
@@ -198,7 +198,6 @@ class _Bench:
                 installed.append(contender)
             else:
                 self.failed[contender.name] = lacking
-        self._fill_jit_cache(installed)
         for at in range(0, len(installed), TOGETHER):
             some = installed[at : at + TOGETHER]
             self._say(f"starting {', '.join(contender.name for contender in some)}")
@@ -216,19 +215,21 @@ class _Bench:
                 try:
                     self._write(contender)
                     begun = time.perf_counter()
-                    self.opened[contender.name] = [self._open(contender, self.processes[contender.name])]
+                    self.opened[contender.name] = [self._open_warm(contender)]
                     self.starting[contender.name] += time.perf_counter() - begun
                     self.processes[contender.name].pause()
                 except WorkerError as error:
                     self._fail(contender, error)
 
-    def _fill_jit_cache(self, contenders: list[Contender]) -> None:
-        """On a new machine, the first process would compile, and its first batch would not be a warm one."""
-        for contender in contenders:
-            if contender.kind == "ours":
-                source = Source(contender, self.data, self.batch_size, self.device, self.folder)
-                next(source.epoch())
-                source.close()
+    def _open_warm(self, contender: Contender) -> dict[str, Any]:
+        """Opens our loader again, in a new process, where the first one had to compile: on a new machine."""
+        opened = self._open(contender, self.processes[contender.name])
+        if contender.kind == "ours" and opened["compiled"]:
+            self.processes[contender.name].close()
+            self.processes[contender.name] = WorkerProcess(contender.name)
+            self.processes[contender.name].request("imports", START_TIMEOUT, contender=contender.name)
+            opened = self._open(contender, self.processes[contender.name])
+        return opened
 
     def _working(self) -> list[Contender]:
         return [one for one in self.contenders if one.name in self.opened and one.name not in self.failed]

@@ -40,17 +40,18 @@ class Watch:
     Iterate over it instead of the loader: each `for` loop is an epoch. A step is the time to get a batch (waiting) and
     until the next one is asked for (computing). `with` prints the verdict and its figures at the end.
 
-    >>> with Watch([1, 2, 3]) as watched:  # doctest: +ELLIPSIS
-    ...     for batch in watched:
-    ...         pass  # a training step
-    The step is the limit: ...
+    >>> watched = Watch([1, 2, 3])
+    >>> for batch in watched:
+    ...     pass  # a training step
+    >>> watched.report().steps
+    3
 
     Nothing waits for a GPU: there, computing is the time until the step has been handed over. How long the GPU itself
     waits for batches and their copies is measured by events, at some steps.
 
     Attributes:
         loader: the one watched.
-        steps, epochs: begun so far.
+        epochs: begun so far. steps: made, as of the last look at the system.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:

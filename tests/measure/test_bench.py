@@ -53,6 +53,8 @@ class Planted(WorkerProcess):
 def file(scratch, write_small_beton) -> Path:
     path = scratch() / "small-train.beton"
     write_small_beton(path, COUNT)
+    with fastmnist.Loader(path, device="cpu") as loader:
+        next(iter(loader))  # this process has compiled before
     return path
 
 
@@ -66,6 +68,7 @@ def found(file, scratch):
     shutil.copytree(Path(fastmnist.__file__).parent, folder / "fastmnist", ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("NUMBA_CACHE_DIR", str(scratch()))  # empty, as on a new machine
         patch.setattr(module, "WorkerProcess", Planted)
         patch.setattr(module, "MOST_TURNS", 2)
         patch.setattr(module, "missing", lambda peer: "not installed")
