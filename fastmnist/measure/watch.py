@@ -25,9 +25,9 @@ from fastmnist.system.machine import available_memory, limit_periods
 from fastmnist.system.scheduling import Host, ResourceUse, ThreadTimes, core_use, resources, stopped_share, thread_times
 from fastmnist.system.statistics import LogHistogram, summarise
 
-# A look at the system (memory, threads, control groups) takes about 0.2 ms, more with worker processes. The next one
+# A look at the system (memory, threads, control groups) takes 0.2 to 1 ms, more with worker processes. The next one
 # comes after so many times its cost.
-COST_FACTOR = 2000
+COST_FACTOR = 1000
 FIRST_PERIOD = 0.1  # seconds of a bin of the timeline
 MOST_BINS = 256  # then neighbours are merged, and the period doubles
 LEAST_STEPS = 16  # before any step can have stalled
@@ -218,7 +218,7 @@ class Watch:
 
     def _look(self, now: float) -> None:
         """Ends a bin of the timeline with what the system counts, and finds from when on a step has stalled."""
-        begun = time.perf_counter()
+        begun = time.thread_time()
         threads, used, found = thread_times(), resources(), self._keep_recent()
         periods = limit_periods() if self._limited else []
         if found.steps:
@@ -242,7 +242,7 @@ class Watch:
             # Tukey's "far out", or twice the median where all steps are alike.
             self._bound = self._each * max(2 * median, high + 3 * (high - low))
             self._median, self._median_wait = self._each * median, self._each * self._waits.quantiles(0.5)[0]
-        self._cost = time.perf_counter() - begun
+        self._cost = time.thread_time() - begun  # not by the clock: an interrupted look would put off the next one
         self._next_look = now + max(FIRST_PERIOD, COST_FACTOR * self._cost)
 
     def report(self) -> Report:

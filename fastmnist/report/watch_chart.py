@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmnist.report.style import MARGIN, QUIET, TRAIN, VALIDATION, new_figure, save, styled, wrapped
+from fastmnist.report.style import MARGIN, QUIET, RULE, TRAIN, VALIDATION, new_figure, save, styled, wrapped
 from fastmnist.system.environment import describe_hardware
 from fastmnist.system.numbers import duration
 
 WIDTH, HEIGHT = 11.0, 6.6
-NAMED_STALLS = 3
 CEILING = 1.3  # of the slowest bin of the timeline: a stall higher up is drawn at the top
 MEBI = 1 << 20
 
@@ -57,27 +56,29 @@ def plot_watch(found: Mapping[str, Any], path: Path) -> None:
                 places.append(edges[at] + min(1.0, max(0.0, share)) * (edges[at + 1] - edges[at]))
             heights = [min(1e3 * stall["seconds"], 0.97 * limit) for stall in worst]
             steps.plot(places, heights, "v", color="black", markersize=5, label="longest stalls", clip_on=False)
-            for at, height, stall in list(zip(places, heights, worst, strict=True))[:NAMED_STALLS]:
-                right = at > 0.8 * edges[-1]
-                steps.annotate(
-                    f"{1e3 * stall['seconds']:.3g} ms, {stall['cause']}",
-                    (at, height),
-                    xytext=(-7 if right else 7, -3),
-                    textcoords="offset points",
-                    ha="right" if right else "left",
-                    fontsize=8,
-                )
+            right = places[0] > 0.7 * edges[-1]
+            steps.annotate(
+                f"the longest: {1e3 * worst[0]['seconds']:,.3g} ms, {worst[0]['cause']}",
+                (places[0], heights[0]),
+                xytext=(-8 if right else 8, -14),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": RULE, "pad": 2},
+            )
         steps.set_ylim(0, limit)
         steps.legend(loc="upper left", bbox_to_anchor=(0.55, 1.14), ncols=3, frameon=False, fontsize=9)
         memory.set_title("Memory of the process and its workers, without mapped files")
         memory.set_ylabel("MiB")
-        memory.plot(edges[1:], [one["memory"] / MEBI for one in timeline], color=TRAIN)
-        memory.set_ylim(bottom=0)
+        sizes = [one["memory"] / MEBI for one in timeline]
+        memory.plot(edges[1:], sizes, color=TRAIN, marker="." if len(sizes) == 1 else "")
+        memory.set_ylim(0, max(1.0, 1.15 * max(sizes)))
         memory.set_xlim(0, edges[-1])
         memory.set_xlabel(f"{'minutes' if minutes else 'seconds'} since the first step")
         for axes in (steps, memory):
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
             axes.grid(visible=False, axis="x")
+            axes.set_axisbelow(True)
         save(figure, path)
 
 

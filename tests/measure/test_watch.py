@@ -56,7 +56,7 @@ class System:
 @pytest.fixture(autouse=True)
 def system(monkeypatch):
     made = System()
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=made.perf_counter))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=made.perf_counter, thread_time=made.perf_counter))
     for name in ("thread_times", "limit_periods", "resources"):
         monkeypatch.setattr(module, name, getattr(made, name))
     monkeypatch.setattr(module, "_private_memory", made.private_memory)
