@@ -16,7 +16,7 @@ from fastmnist.loader.kernels import prefetch
 
 WINDOWS = """
     import os, pathlib, signal, sys, types
-    import fcntl, joblib, matplotlib.pyplot, multiprocessing, numba, psutil, resource, sklearn.datasets
+    import fcntl, joblib, multiprocessing, numba, psutil, resource, sklearn.datasets
     import torch, torch.distributed, torchvision  # these find the real system
     hidden = {os: "pread preadv posix_fadvise fork register_at_fork killpg sched_getaffinity sysconf getuid",
               signal: "SIGSTOP SIGCONT SIGKILL SIGHUP"}

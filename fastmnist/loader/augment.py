@@ -57,9 +57,11 @@ class Augmentation:
         return cls(config.shift, config.rotation, config.scale, bool(config.flip)) if config.augment else None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.shift < math.inf and 0 <= self.rotation <= 180 and 0 <= self.scale < 1):
+        strengths = 0 <= self.shift < math.inf and 0 <= self.rotation <= 180 and 0 <= self.scale < 1
+        if not strengths or not isinstance(self.flip, bool):
             raise ConfigError(
-                f"{self}: shift (pixels) must be at least 0, rotation 0 to 180 (degrees), scale at least 0 and below 1"
+                f"{self}: shift (pixels) must be at least 0, rotation 0 to 180 (degrees), scale at least 0 and below "
+                "1, flip True or False"
             )
 
     @property

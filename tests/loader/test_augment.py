@@ -156,7 +156,16 @@ def test_epochs_and_seeds_draw_differently():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shift": -1}, {"shift": np.inf}, {"shift": np.nan}, {"rotation": 181}, {"scale": 1}, {"scale": -0.1}]
+    "wrong",
+    [
+        {"shift": -1},
+        {"shift": np.inf},
+        {"shift": np.nan},
+        {"rotation": 181},
+        {"scale": 1},
+        {"scale": -0.1},
+        {"flip": 0.5},
+    ],
 )
 def test_a_strength_that_cannot_be_is_a_config_error(wrong):
     with pytest.raises(ConfigError, match=r"shift \(pixels\)"):
