@@ -60,7 +60,7 @@ class DatasetStream:
         self._dataset, self._name, self._remedy, self._broken = dataset, name, remedy, broken
         self._size = None if resize is None else checked_size("resize", resize)
         self._shape = like
-        self._colour = None if like is None else len(like) == 3
+        self._colour = None if like is None else (*like, 1)[2] == 3
         if not len(dataset):
             raise DataError(f"{name}: the dataset is empty; give one with images")
         self.labels = np.zeros(len(dataset), np.int64)
@@ -103,11 +103,11 @@ class DatasetStream:
         except Exception as error:  # decoders raise all kinds, and so may a dataset
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{where} cannot be read ({type(error).__name__}: {reason}); {self._broken}") from error
-        if self._shape is not None and pixels.shape != self._shape:
+        if self._shape is not None and (*pixels.shape, 1)[:3] != (*self._shape, 1)[:3]:
             was, now = (" x ".join(map(str, shape)) for shape in (self._shape, pixels.shape))
             raise DataError(f"{where} is {now}, those before it {was}; {self._remedy}")
         try:
-            return pixels, operator.index(label)
+            return pixels.reshape(self._shape or pixels.shape), operator.index(label)
         except TypeError:
             kind = getattr(label, "dtype", type(label).__name__)
             raise DataError(

@@ -118,14 +118,16 @@ class PictureFolder:
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder; --dataset folder:PATH names one with a folder per class")
         self.note = ""
-        self._pictures, self.class_names = self._find()
+        try:
+            self._pictures, self.class_names = self._find()
+        except OSError as error:
+            raise DataError(f"{self.root}: cannot be read: {error.strerror or error}") from error
 
     def sources(self) -> Iterator[Source]:
         """Both splits, train first."""
         size = "x".join(map(str, self._size)) if self._size else "their own size"
         for split, pictures in self._pictures.items():
-            facts = [(path, path.stat()) for path, _ in pictures]
-            lines = [f"{path.relative_to(self.root).as_posix()} {s.st_size} {s.st_mtime_ns}" for path, s in facts]
+            lines = [f"{path.relative_to(self.root).as_posix()} {_size_and_time(path)}" for path, _ in pictures]
             lines += self.class_names
             digest = hashlib.blake2b("\n".join(lines).encode(errors="surrogateescape"), digest_size=8).hexdigest()
             fingerprint = f"folder {self.name} {split}: {len(pictures):,} pictures, {digest}, {size}"
@@ -139,12 +141,14 @@ class PictureFolder:
             train = self.root
         test = next((self.root / name for name in TEST_FOLDERS if _folders(self.root / name)), None)
         names = _folders(train)
+        if train == self.root and test is not None:
+            raise DataError(f"{self.root}: has {test.name} and no train, of class folders each; name both so")
         if not names:
             raise DataError(
                 f"{train}: there are no class folders in it; PATH/train/<class>/ and PATH/test/<class>/ hold the "
                 "pictures, or PATH/<class>/"
             )
-        if train == self.root or test is None:
+        if test is None:
             return self._split(train, names), tuple(names)
         differing = sorted(set(names) ^ set(_folders(test)))
         if differing:
@@ -172,7 +176,7 @@ class PictureFolder:
                 "folders train and test"
             ) from error
         self.note = (
-            f"{self.name} has no folders train and test: {len(test):,} of its {len(pictures):,} pictures, from each "
+            f"{self.name} has no test folder: {len(test):,} of its {len(pictures):,} pictures, from each "
             "class in proportion, are the test set."
         )
         return {"train": sorted(train), "test": sorted(test)}
@@ -211,6 +215,14 @@ class PictureFolder:
                 except FastmnistError:
                     broken.append(path)
         return found
+
+
+def _size_and_time(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:  # decoding will name it
+        return "unreadable"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _folders(folder: Path) -> list[str]:

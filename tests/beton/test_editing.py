@@ -64,6 +64,9 @@ def test_a_dataset_is_appended_at_the_files_size(tmp_path, random_samples):
 
     append_beton(path, Rest())
     assert same_as_at_once(path, images, labels)
+    write_beton(path, images[:4, :, :, None], labels[:4], **TEXTS)  # stored as (6, 7, 1)
+    append_beton(path, Rest())
+    assert same_as_at_once(path, images[..., None], labels)
     Rest.__getitem__ = lambda self, index: (np.zeros((6, 8), np.uint8), 0)
     with pytest.raises(DataError, match="item 0 is 6 x 8"):
         append_beton(path, Rest())

@@ -92,7 +92,8 @@ def test_a_broken_picture_is_named_and_left_out_when_asked(tmp_path, write_pictu
     write_pictures(tmp_path / "test", COUNTS)
     cut = tmp_path / "train" / "cat" / "0.png"
     cut.write_bytes(cut.read_bytes()[:200])
-    (tmp_path / "train" / "dog" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "dog" / "1.png").unlink()
+    (tmp_path / "train" / "dog" / "1.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"train.cat.0\.png is damaged.*--skip-broken"):
         pixels(sources(tmp_path)["train"])
     found = sources(tmp_path, skip_broken=True)
@@ -116,7 +117,9 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path, write_pictures):
     write_pictures(tmp_path, {"dog": 1})
     with pytest.raises(DataError, match="a fifth of each class cannot be taken"):
         sources(tmp_path)
-    write_pictures(tmp_path / "train", {"cat": 2, "dog": 2})
     write_pictures(tmp_path / "test", {"cat": 2, "cow": 2})
+    with pytest.raises(DataError, match="has test and no train"):
+        sources(tmp_path)
+    write_pictures(tmp_path / "train", {"cat": 2, "dog": 2})
     with pytest.raises(DataError, match=r"different classes.*cow, dog"):
         sources(tmp_path)
