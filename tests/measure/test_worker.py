@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fastmnist.measure.worker import WorkerError, WorkerProcess
@@ -25,6 +27,13 @@ def gone(pid: int) -> bool:
         return True
     # A child of a child, that nobody has waited for yet, is a zombie.
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert happened()
 
 
 def test_it_answers_one_after_the_other() -> None:
@@ -61,7 +70,10 @@ def test_an_error_there_is_an_error_here() -> None:
         process.request("turn", 20)
 
 
-def test_its_children_end_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [True, False], ids=["posix", "as on Windows"])
+def test_its_children_pause_and_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: bool) -> None:
+    if not groups:
+        monkeypatch.delattr(os, "killpg")
     script = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -73,12 +85,13 @@ time.sleep(600)
     process.request("turn", 20)
     pid = int((tmp_path / "pid").read_text())
     assert not gone(pid)
+    process.pause()
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    process.resume()
+    wait_until(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
     process.close()
     process.close()
-    deadline = time.monotonic() + 60
-    while not gone(pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert gone(pid)
+    wait_until(lambda: gone(pid))
 
 
 def test_the_real_program_says_what_it_cannot_do() -> None:
