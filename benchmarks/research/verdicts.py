@@ -14,8 +14,8 @@ except where cores are the trouble. Each tool looks at the case in a process of 
 
 The rule was fixed before the first whole run: `MEANS` turns what a tool says into words, and it is right if one of them
 is in the case's `right`. There is no accelerator here: the slow copy is to a stand-in, whose `Tensor.to` takes so long.
-Other work on the machine is no part of a case: where that is allowed, cases that are not about cores run at real-time
-priority, the others at a niceness of -15.
+Other work on the machine is no part of a case: where that is allowed, cases that are not about cores or threads run at
+real-time priority, the others at a niceness of -15.
 """
 
 from __future__ import annotations
@@ -360,7 +360,7 @@ def before_others(case: Case) -> Callable[[], None]:
     def raised() -> None:
         with suppress(OSError):
             os.nice(-15)
-            if not case.burners and case.workers <= CORES:
+            if not case.burners and case.workers <= CORES and not case.ahead:
                 os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
     return raised
