@@ -322,7 +322,7 @@ def in_a_new_process() -> Callable[..., str]:
 
     def run(script: str, *arguments: object) -> str:
         command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)  # ends a hang
         assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
         return done.stdout
 
