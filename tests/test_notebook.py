@@ -234,6 +234,6 @@ def test_it_runs_on_mnist(
             dimensions = int(file.name[file.name.index("idx") + 3])
             write_idx(data / file.name, IdxFile(file, ndim=dimensions).read()[:500])
     monkeypatch.setenv("FASTMNIST_DATA", str(data))
-    printed, _ = run(tmp_path, **SHORT, RUN_EPOCHS="0.05", SETTINGS=first_setting(16_000))
+    printed, _ = run(tmp_path, **SHORT, RUN_EPOCHS="0.05", SETTINGS=first_setting(8_000))
     assert "mnist: 60,000 training and 500 test images" in printed
-    assert float(re.findall(r"^test accuracy ([\d.]+)%", printed, re.M)[0]) > 95
+    assert float(re.findall(r"^test accuracy ([\d.]+)%", printed, re.M)[0]) > 90

@@ -192,7 +192,7 @@ def test_thin_strokes_give_the_same_view_at_any_size(digit, side, width):
     assert near(result, mnist_like(drawn(digit, 400, 2))) > 0.9
 
 
-@pytest.mark.parametrize(("side", "least"), [(28, 0.7), (60, 0.8), (61, 0.8), (1500, 0.95), (2000, 0.95)])
+@pytest.mark.parametrize(("side", "least"), [(28, 0.7), (60, 0.8), (61, 0.8), (1500, 0.95)])
 def test_thin_strokes_in_the_smallest_and_largest_pictures(side, least):
     for digit in LINES:
         assert near(mnist_like(drawn(digit, side, 1)), mnist_like(drawn(digit, 400, 2))) > least
