@@ -76,6 +76,9 @@ def test_every_command_of_the_pages(
     monkeypatch.chdir(tmp_path)
     stroke = np.zeros((60, 60), np.uint8)
     stroke[10:50, 27:33] = 255
+    for number in range(400):  # a folder of class folders
+        Path(f"photos/{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + number % 9, 48), (number % 256, 90, 7)).save(f"photos/{number % 2}/{number}.png")
     Image.fromarray(stroke).save("photo.jpg")
     Image.fromarray(255 - stroke).save("scan.png")
     finished, metrics = "", Path("runs/stopped/metrics.jsonl")
