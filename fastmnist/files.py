@@ -17,7 +17,7 @@ from fastmnist.errors import FastmnistError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 OPEN_FILES_STAY = fcntl is None  # Windows neither renames nor deletes a file that is open
 LOCKED_BYTE = 1 << 30  # on Windows, which keeps others from reading what is locked: beyond a small file's end
@@ -121,7 +121,7 @@ def _lock_on_windows(descriptor: int) -> bool | None:
     at = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
         os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # typeshed: on Windows alone
     except PermissionError:
         return False
     except OSError:

@@ -7,7 +7,7 @@ traced on the CPU, inductor lowers the graph with its tensors declared to be on 
 for the architecture. Left out: kernels of cuDNN and cuBLAS (counted, since the libraries choose them on the device),
 the optimizer, and the choice among several configurations, which takes measurements: each kernel's first one is shown.
 
-Inductor's interfaces that this needs are private ones, as of torch 2.11 to 2.14.
+Inductor's interfaces that this needs are private ones, as of torch 2.14.
 """
 
 from __future__ import annotations

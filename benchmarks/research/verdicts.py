@@ -227,7 +227,7 @@ def batches(loader: Any) -> Iterator[Any]:
 class OnStandIn(torch.Tensor):
     """A tensor that says it is on a GPU."""
 
-    is_cuda, device = True, torch.device("cuda")  # type: ignore[assignment]
+    is_cuda, device = True, torch.device("cuda")
 
 
 def stand_in(seconds: float, holder: Any = torch.Tensor, name: str = "to") -> ExitStack:
@@ -274,7 +274,7 @@ def by_fastmnist(case: Case) -> dict[str, Any]:
 
 
 def traced_loop(case: Case) -> None:
-    """What `traceml run` runs."""
+    """Training loop of a case, for `traceml run`."""
     import traceml_ai as traceml
     from traceml_ai.instrumentation.patches import h2d_auto_timer_patch
 
@@ -367,7 +367,7 @@ def before_others(case: Case) -> Callable[[], None]:
 
 
 def ask(name: str, tool: str) -> dict[str, Any]:
-    """What the tool says, from a process of its own, beside the case's burners."""
+    """A tool's answer on a case, from a process of its own, beside the case's burners."""
     burn = [sys.executable, "-c", "while True: pass"]
     raised = before_others(CASES[name])
     burners = [subprocess.Popen(burn, preexec_fn=raised) for _ in range(CASES[name].burners)]

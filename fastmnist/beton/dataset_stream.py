@@ -118,7 +118,7 @@ class DatasetStream:
     def _where(self, index: int) -> str:
         try:
             return f"{self._name}: item {index} ({self._dataset.samples[index][0]})"
-        except Exception:  # most datasets have no such list
+        except (AttributeError, LookupError, TypeError):  # most datasets have no such list
             return f"{self._name}: item {index}"
 
     def _pixels(self, image: Any, where: str) -> np.ndarray:

@@ -53,7 +53,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Augmentation | None:
-        """That of a run; None where it does not augment."""
+        """Augmentation of a run with these settings; None without any."""
         return cls(config.shift, config.rotation, config.scale, bool(config.flip)) if config.augment else None
 
     def __post_init__(self) -> None:

@@ -119,7 +119,7 @@ class Draw(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a loader's state names it by."""
+        """Entries of a loader's state, which must agree for the state to be resumed."""
 
 
 @dataclass(frozen=True)

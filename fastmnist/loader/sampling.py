@@ -43,7 +43,7 @@ class Sampling:
         self.epoch_samples = None if epoch_samples is None else whole_number("epoch_samples", epoch_samples, 1)
 
     def draw(self, file: Samples, samples: np.ndarray, kind: Kind) -> Draw | None:
-        """What draws an epoch's rows among `samples` (n,) of the file; None: each at most once, ordered by `kind`.
+        """The rule that draws an epoch's rows among `samples` (n,); None: each at most once, ordered by `kind`.
 
         Raises:
             ConfigError: the settings cannot work for these samples, or not together.

@@ -157,7 +157,7 @@ class _Examination:
             self.step(half)
             self.synchronize()
             self.half_batch = half
-        except Exception as error:  # as above
+        except Exception as error:  # the loader yields no half batch either
             self.notes.append(f"Whether the batch is too small is not known: the step takes no half of it ({error}).")
 
     def examine(self, seconds: float) -> Evidence:

@@ -7,10 +7,10 @@ import heapq
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -80,7 +80,7 @@ class Watch:
         self._used, self._used_at, self._rate = resources(), 0.0, [0.0] * len(ResourceUse._fields)
 
     def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
+        return len(cast(Sized, self.loader))
 
     def __iter__(self) -> Iterator[Any]:
         return self.over(self.loader)
@@ -296,7 +296,7 @@ class Watch:
 
     @property
     def verdict(self) -> str:
-        """What limits this run, in one sentence."""
+        """The limit of this run, in one sentence."""
         return self.report().verdict
 
     def lines(self) -> list[str]:

@@ -18,7 +18,7 @@ from fastmnist.system.statistics import Summary
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # a module elsewhere
 
 PROCESSES = Path("/proc")
 NANOSECONDS = 1e-9
@@ -169,7 +169,7 @@ class Host:
 
 
 class ResourceUse(NamedTuple):
-    """What all threads of this process used.
+    """Resources used by all threads of a process.
 
     Attributes:
         ran, in_system: seconds on a core, and of these in the kernel.
@@ -188,7 +188,7 @@ class ResourceUse(NamedTuple):
 
 
 def resources() -> ResourceUse:
-    """What this process has used so far; zeros where the system does not count it (Windows)."""
+    """Resources used by this process so far; zeros on Windows, which has no such counters."""
     if resource is None:
         return ResourceUse()
     used = resource.getrusage(resource.RUSAGE_SELF)
